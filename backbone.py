@@ -1,0 +1,156 @@
+"""A dilated ResNet: torchvision's network, its last strides replaced by dilation.
+
+    net = DilatedResNet("resnet50", weights="imagenet", output_stride=8)
+    net(torch.randn(1, 3, 513, 513)).shape             # (1, 2048, 65, 65)
+
+Shapes: B images, H x W pixels, C channels, S the output stride.
+"""
+import hashlib
+import re
+from pathlib import Path
+
+import torch
+from torch import nn
+from torchvision import models
+
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+MULTI_GRID = (1, 2, 4)        # rates of layer4's blocks relative to each other (DeepLabV3, used by EMANet: Sec. 6.1)
+
+
+class UserError(Exception):
+    """Something the user can put right: one line that says what, where, and what to do.
+
+    It lives in the lowest file so that every other one can raise it; data.py's `run` prints it without a traceback.
+    """
+
+    def __init__(self, message):
+        # A data-loader worker hands its exception over with the whole traceback as its text: keep the last line.
+        super().__init__(str(message).split("UserError: ")[-1].strip())
+
+
+class DilatedResNet(nn.Module):
+    """ResNet-18 ... 152 without its classifier. Parameter names are torchvision's (conv1, bn1, layer1 ... layer4).
+
+    in:  images (B, 3, H, W), normalised
+    out: features (B, C, ceil(H / S), ceil(W / S)), C = `out_channels`: 512 for ResNet-18/34, else 2048
+
+    stem: "7x7" (torchvision) or "deep": three 3x3 convolutions 64-64-128, as in the released EMANet.
+    weights: "imagenet" (torchvision IMAGENET1K_V1), "imagenet-v2", a file, or "none" (random).
+    """
+
+    def __init__(self, name="resnet101", stem="7x7", weights="none", output_stride=8):
+        super().__init__()
+        if name not in RESNETS or stem not in ("7x7", "deep"):
+            raise UserError(f"backbone {name!r} with stem {stem!r} is unknown: choose one of {', '.join(RESNETS)} "
+                            "and 7x7 or deep")
+        net = getattr(models, name)()
+        if stem == "deep":
+            deepen_stem(net)
+        for part in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
+            setattr(self, part, getattr(net, part))
+        self.out_channels = net.fc.in_features
+        self.weights_origin = self.load(name, stem, weights)
+        self.set_output_stride(output_stride)
+
+    def forward(self, x):                                          # (B, 3, H, W)
+        x = self.relu(self.bn1(self.conv1(x)))                     # (B, 64 or 128, H/2, W/2)
+        x = self.layer1(self.maxpool(x))                           # (B, C/8, H/4, W/4)
+        x = self.layer2(x)                                         # (B, C/4, H/8, W/8)
+        x = self.layer3(x)                                         # (B, C/2, H/min(S, 16), W/min(S, 16))
+        return self.layer4(x)                                      # (B, C, H/S, W/S)
+
+    def set_output_stride(self, output_stride):
+        """Sets strides and dilations for output stride 8, 16 or 32. They hold no weights, so a trained network may be
+        changed: train at 16, evaluate at 8 (Sec. 6.1)."""
+        if output_stride not in (8, 16, 32):
+            raise UserError(f"output stride {output_stride} is not available: choose 8, 16 or 32")
+        stride3, stride4 = {32: (2, 2), 16: (2, 1), 8: (1, 1)}[output_stride]
+        rate3, rate4 = 2 // stride3, 32 // output_stride           # what dilation has to make up for
+        set_rates(self.layer3, stride3, [1] + [rate3] * (len(self.layer3) - 1))
+        # torchvision's rule: the first block, where the stride was, keeps the rate of the layer before it.
+        # (DeepLab's own rule would give 4, 8, 16 at output stride 8; the released EMANet has 2, 8, 16.)
+        set_rates(self.layer4, stride4, [rate3] + [rate4 * grid for grid in MULTI_GRID[1:len(self.layer4)]])
+
+    def load(self, name, stem, weights):
+        """Loads the weights; returns a phrase that says where they come from, for the user to see at the start."""
+        if weights == "none":
+            return "random (no ImageNet weights)"
+        if weights in ("imagenet", "imagenet-v2"):
+            state, origin = torchvision_weights(name, stem, weights)
+        else:
+            state, origin = file_weights(Path(weights), stem)
+        state = {key: value for key, value in state.items() if not key.startswith("fc.")}
+        try:
+            self.load_state_dict(state, strict=True)
+        except RuntimeError as error:
+            raise UserError(f"{origin}: does not fit {name} with the {stem} stem: {first_line(error)}") from None
+        return origin
+
+
+def set_rates(layer, stride, rates):
+    """Gives the 3x3 convolutions of a layer's blocks their dilation rates, and the first block its stride."""
+    for block, rate in zip(layer, rates, strict=True):
+        for conv in (m for m in block.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)):
+            conv.dilation = conv.padding = (rate, rate)            # torchvision refuses this for ResNet-18/34's blocks
+    first = layer[0]
+    strided = first.conv2 if hasattr(first, "conv3") else first.conv1        # Bottleneck's only 3x3, BasicBlock's first
+    strided.stride = first.downsample[0].stride = (stride, stride)
+
+
+def deepen_stem(net):
+    """Replaces the 7x7 convolution by three 3x3, 64-64-128, and widens layer1's entrance to match."""
+    net.conv1 = nn.Sequential(
+        nn.Conv2d(3, 64, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True),
+        nn.Conv2d(64, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True),
+        nn.Conv2d(64, 128, 3, padding=1, bias=False))
+    net.bn1 = nn.BatchNorm2d(128)
+    block = net.layer1[0]
+    old, out = block.conv1, net.layer2[0].conv1.in_channels
+    block.conv1 = nn.Conv2d(128, old.out_channels, old.kernel_size, padding=old.padding, bias=False)
+    block.downsample = nn.Sequential(nn.Conv2d(128, out, 1, bias=False), nn.BatchNorm2d(out))
+    for conv in (net.conv1[0], net.conv1[3], net.conv1[6], block.conv1, block.downsample[0]):
+        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")      # as torchvision does elsewhere
+
+
+def torchvision_weights(name, stem, weights):
+    """ImageNet weights through torchvision (downloaded once, checked by their hash) -> state dict, origin."""
+    if stem == "deep":
+        raise UserError("torchvision has no ImageNet weights for the deep stem: give PyTorch-Encoding's file, e.g. "
+                        "--weights resnet101-2a57e44d.pth, or --stem 7x7, or --weights none to start from scratch")
+    version = {"imagenet": "IMAGENET1K_V1", "imagenet-v2": "IMAGENET1K_V2"}[weights]
+    try:
+        entry = models.get_model_weights(name)[version]
+    except KeyError:
+        raise UserError(f"torchvision has no {version} weights for {name}: use --weights imagenet") from None
+    try:
+        return entry.get_state_dict(progress=False, check_hash=True), f"torchvision {name} {version}"
+    except (OSError, RuntimeError) as error:         # no network, or a download that does not have the promised hash
+        raise UserError(f"cannot download {entry.url} ({first_line(error)}): fetch it elsewhere and give --weights "
+                        "FILE, or --weights none to start from scratch") from None
+
+
+def file_weights(path, stem):
+    """ImageNet weights from a file, torchvision's or PyTorch-Encoding's (deep stem) -> state dict, origin."""
+    if not path.is_file():
+        raise UserError(f"no weights at {path}: --weights takes imagenet, imagenet-v2, none or a file")
+    # Published files carry the beginning of their hash: resnet101-2a57e44d.pth SHA-1, resnet101-63fe2227.pth SHA-256.
+    if promised := re.search(r"-([0-9a-f]{8})$", path.stem):
+        content = path.read_bytes()
+        if not any(h(content).hexdigest().startswith(promised[1]) for h in (hashlib.sha1, hashlib.sha256)):
+            raise UserError(f"{path}: damaged: its hash does not begin with {promised[1]} as its name says")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                       # torch raises many kinds for a file that is no weights file
+        raise UserError(f"{path}: not a file of weights that can be loaded safely: {first_line(error)}") from None
+    if not isinstance(state, dict) or not ({"conv1.weight", "conv1.0.weight"} & state.keys()):
+        raise UserError(f"{path}: no ResNet state dict (neither conv1.weight nor conv1.0.weight in it)")
+    found = "deep" if "conv1.0.weight" in state else "7x7"
+    if found != stem:
+        raise UserError(f"{path}: has the {found} stem, the network the {stem} one: add --stem {found}")
+    return state, str(path)
+
+
+def first_line(error):
+    """The first words of a library's message that may run over many lines."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2])[:200]

@@ -1,0 +1,372 @@
+"""Trains EMANet. The defaults of a data set are its recipe; every flag changes one number of it.
+
+    python train.py                                                    # built-in scenes: any machine, a few minutes
+    torchrun --nproc_per_node=4 train.py --dataset voc                 # the paper's recipe on four GPUs
+    python train.py --dataset folder --data-root my_images             # your own images, one GPU or none
+    python train.py --dataset voc --resume auto                        # go on where a run was interrupted
+
+Writes to --out: model.pth (the network as last validated, for evaluate.py and visualize.py), last.pth (everything
+needed to go on) and log.jsonl (one line of numbers per printed line).
+"""
+import argparse
+import json
+import os
+import platform
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")     # before torch: threads that spin starve the loader's workers
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from backbone import RESNETS
+from data import DATASETS, IGNORE, Schedule, TrainView, build_dataset, normalise, run
+from ema import EMANet, UserError, load_checkpoint, read_checkpoint, save_checkpoint
+from evaluate import duration, evaluate, init_distributed, summary
+
+# The recipes. "paper": the paper's own settings (Sec. 6.1); "released": those of the released code where it differs.
+PAPER = dict(split="trainaug", backbone="resnet101", stem="7x7", weights="imagenet", output_stride=16,
+             eval_output_stride=8, crop=513, batch_size=16, iters=30000, lr=0.009, bn_momentum=3e-4, channels=512,
+             decoder=False, eval_every=3000)
+RECIPES = {
+    ("voc", "paper"): PAPER,
+    ("voc", "released"): PAPER | dict(output_stride=8, stem="deep", weights="resnet101-2a57e44d.pth", decoder=True),
+    # A folder of images is small as a rule: half of VOC's iterations, and BN statistics that follow in time.
+    ("folder", "paper"): PAPER | dict(split="train", iters=15000, bn_momentum=0.01, eval_every=1500),
+    # Scenes are a smoke test for any laptop: a small network from scratch, so a large lr and BN momentum.
+    ("scenes", "paper"): PAPER | dict(split="train", backbone="resnet18", weights="none", output_stride=8, crop=96,
+                                      batch_size=16, iters=300, lr=0.05, bn_momentum=0.1, channels=128, eval_every=150),
+}
+SAVE_EVERY = 1000             # iterations between two last.pth at most, however rare the validations are
+MAY_CHANGE = ("data_root", "workers", "device", "out", "resume", "eval_every", "compile", "init")      # on resuming
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     epilog=recipe_table(), argument_default=None)
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", choices=DATASETS, default="scenes", help="data set (default: scenes, which needs no files)")
+    add("--data-root", default="datasets", help="folder that holds VOCdevkit/ or JPEGImages/ (default: datasets)")
+    add("--split", help="list of images to train on *")
+    add("--crop", type=int, metavar="PIXELS", help="side of the square training crops *")
+    add("--workers", type=int, default=2, help="processes per GPU that decode images ahead (default: 2)")
+    add = parser.add_argument_group("network").add_argument
+    add("--backbone", choices=RESNETS, help="*")
+    add("--stem", choices=("7x7", "deep"), help="first layers: torchvision's 7x7, or the released code's three 3x3 *")
+    add("--weights", help="backbone: imagenet (torchvision V1), imagenet-v2, none (from scratch), or a file *")
+    add("--init", metavar="FILE", help="start from a checkpoint's network (other number of classes: new classifier)")
+    add("--output-stride", type=int, choices=(8, 16, 32), help="in training; evaluation uses 8, as in the paper *")
+    add("--channels", type=int, help="channels of the attention, 512 or 256 in the paper *")
+    add("--decoder", action=argparse.BooleanOptionalAction, help="the released code's 3x3 before the classifier *")
+    add = parser.add_argument_group("attention").add_argument
+    add("--attention", choices=("emau", "none"), default="emau", help="none leaves the unit out (default: emau)")
+    add("--num-bases", type=int, default=64, help="K (default: 64)")
+    add("--em-iterations", type=int, default=3, help="T (default: 3)")
+    add("--lam", type=float, default=1.0, help="lambda of Eq. 12, the inverse temperature (default: 1)")
+    add("--alpha", type=float, default=0.9, help="momentum of the bases, Eq. 15 (default: 0.9)")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--recipe", choices=("paper", "released"), default="paper", help="which defaults to take (default: paper)")
+    add("--batch-size", type=int, help="crops per iteration, over all processes together *")
+    add("--accumulate", type=int, default=1, help="cut the batch into so many parts, one after the other, when memory "
+        "is short; the bases and BN then see the parts (default: 1)")
+    add("--iters", type=int, help="iterations *")
+    add("--lr", type=float, help="learning rate at the start; falls as (1 - i / iters) ** 0.9 *")
+    add("--seed", type=int, default=0, help="of initialisation, order, crops and dropout (default: 0)")
+    add = parser.add_argument_group("running").add_argument
+    add("--out", metavar="DIR", help="output folder (default: out/DATASET)")
+    add("--resume", metavar="auto|FILE", help="go on from --out's last.pth, if there is one, or from a file")
+    add("--eval-every", type=int, metavar="ITERS", help="iterations between validations *")
+    add("--amp", choices=("auto", "bf16", "off"), default="auto", help="bfloat16 autocast (default: where it is fast)")
+    add("--compile", action="store_true", help="torch.compile the training step")
+    add("--device", default="auto", help="auto (cuda, then mps, then cpu) or a torch device")
+    args = parser.parse_args()
+    if (args.dataset, args.recipe) not in RECIPES:
+        raise UserError(f"no recipe {args.recipe!r} for {args.dataset}: there is --recipe paper")
+    for key, value in RECIPES[args.dataset, args.recipe].items():
+        if getattr(args, key, None) is None:
+            setattr(args, key, value)
+    args.out = args.out or f"out/{args.dataset}"
+    return args
+
+
+def recipe_table():
+    """The recipes as text, for --help."""
+    rows = [["* default by recipe"] + [f"{name} {recipe}" for name, recipe in RECIPES]]
+    rows += [["--" + key.replace("_", "-")] + [str(r[key]) for r in RECIPES.values()]
+             for key in PAPER if key not in ("bn_momentum", "eval_output_stride")]
+    return "\n".join("  ".join(f"{cell:24s}" for cell in row).rstrip() for row in rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The parts of a step
+def segmentation_loss(logits, label):
+    """Cross entropy of logits (B, L, H, W) and label uint8 (B, H, W), summed over valid pixels, divided by ALL pixels.
+
+    That is what the released code does and lr 0.009 was tuned to. It gives the same gradient for any number of
+    processes, and 0 for a crop without labels, where a mean over valid pixels would be nan.
+    """
+    return F.cross_entropy(logits, label.long(), ignore_index=IGNORE, reduction="sum") / label.numel()
+
+
+def build_optimizer(net, lr):
+    """SGD as in the released code: weight decay on convolutions' weights alone, twice the lr on all biases."""
+    groups = {"weights": [], "scales": [], "biases": []}           # convolutions' weights; BN's; both kinds' biases
+    for module in net.modules():
+        for name, p in module.named_parameters(recurse=False):
+            if p.requires_grad:                                    # EMAU's first convolution is frozen
+                kind = "biases" if name == "bias" else "weights" if isinstance(module, nn.Conv2d) else "scales"
+                groups[kind].append(p)
+    return torch.optim.SGD([{"params": groups["weights"], "weight_decay": 1e-4, "lr_scale": 1},
+                            {"params": groups["scales"], "weight_decay": 0, "lr_scale": 1},
+                            {"params": groups["biases"], "weight_decay": 0, "lr_scale": 2}], lr=lr, momentum=0.9)
+
+
+def pick_amp(choice, device):
+    """bfloat16 where the hardware computes with it, else None. It needs no gradient scaler, as float16 would."""
+    fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
+            device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
+    return torch.bfloat16 if choice == "bf16" or choice == "auto" and fast else None
+
+
+def share_buffers(net):
+    """Gives rank 0's buffers to all. Plain BN's statistics differ between processes; a saved network has one of each."""
+    if dist.is_initialized():
+        for buffer in net.buffers():
+            dist.broadcast(buffer, 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Starting and going on
+def prepare_out(args):
+    """The output folder, and the checkpoint to go on from or None. An existing run is never overwritten."""
+    out = Path(args.out)
+    if args.resume and args.resume != "auto":
+        return out, read_checkpoint(args.resume)
+    if not any((out / name).exists() for name in ("last.pth", "model.pth", "log.jsonl")):
+        return out, None
+    if args.resume == "auto":
+        return out, read_checkpoint(out / "last.pth") if (out / "last.pth").exists() else None
+    if args.dataset != "scenes":
+        raise UserError(f"{out} holds a run already: --resume auto goes on with it, --out DIR starts another one")
+    number = next(n for n in range(1, 10**6) if not Path(f"{out}-{n}").exists())
+    out.rename(f"{out}-{number}")
+    print(f"moved the earlier run from {out} to {out}-{number}")
+    return out, None
+
+
+def check_resumable(args, checkpoint):
+    """UserError unless the checkpoint can go on under these settings as the experiment it is."""
+    if "optimizer" not in checkpoint:
+        raise UserError(f"{args.resume}: a network, not a run: --resume takes a last.pth, --init starts from a network")
+    before = checkpoint["config"]["training"]
+    for key, value in vars(args).items():
+        if key not in MAY_CHANGE and before.get(key) != value:
+            raise UserError(f"the run was started with --{key.replace('_', '-')} {before.get(key)}, not {value}: go on "
+                            "with the same settings, or start another run with --out DIR (and --init model.pth)")
+
+
+def load_init(net, path):
+    """Starts from the network of a checkpoint; the classifier afresh where the number of classes differs."""
+    state, mine = load_checkpoint(path).state_dict(), net.state_dict()
+    if state["classifier.bias"].shape != mine["classifier.bias"].shape:
+        print(f"{path} has {len(state['classifier.bias'])} classes, the data set {len(mine['classifier.bias'])}: "
+              "the classifier starts afresh")
+        state |= {key: value for key, value in mine.items() if key.startswith("classifier.")}
+    differ = [key for key in mine.keys() | state.keys()
+              if key not in mine or key not in state or mine[key].shape != state[key].shape]
+    if differ:
+        raise UserError(f"{path}: another network than the one asked for: {len(differ)} entries differ, e.g. "
+                        f"{min(differ)}; give the --backbone, --stem, --channels ... it was made with")
+    net.load_state_dict(state)
+
+
+class Log:
+    """log.jsonl: one JSON object per line; the first line says what the run is, the others carry an iteration."""
+
+    def __init__(self, path, header, start):
+        lines = [json.dumps(header)]
+        if start and path.exists():              # going on: what was logged after the checkpoint will be logged again
+            old = path.read_text().splitlines()
+            lines = old[:1] + [line for line in old[1:] if json.loads(line).get("iteration", 0) <= start] + lines
+        path.write_text("\n".join(lines) + "\n")
+        self.path = path
+
+    def write(self, **record):
+        with open(self.path, "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+def main():
+    args = parse_args()
+    rank, world, device = init_distributed(args.device)
+    master, out = rank == 0, Path(args.out)
+    say = print if master else lambda *a, **k: None
+    torch.manual_seed(args.seed)
+
+    # data
+    if args.batch_size % (world * args.accumulate):
+        raise UserError(f"--batch-size {args.batch_size} cannot be shared by {world} processes x --accumulate "
+                        f"{args.accumulate}")
+    data = build_dataset(args.dataset, args.data_root, args.split)
+    if not data.endless and len(data) < args.batch_size:
+        raise UserError(f"{args.dataset} {args.split} has {len(data)} images, less than one batch of {args.batch_size}")
+    try:
+        val = build_dataset(args.dataset, args.data_root, "val")
+    except UserError as error:
+        if args.dataset != "folder":
+            raise
+        val = say(f"no validation: {error}")
+    checkpoint = None
+    if master:
+        out, checkpoint = prepare_out(args)
+        out.mkdir(parents=True, exist_ok=True)
+    if world > 1:
+        dist.barrier()
+    if args.resume and not master:
+        _, checkpoint = prepare_out(args)
+    if checkpoint:
+        check_resumable(args, checkpoint)
+
+    # network. Only rank 0 needs weights: DistributedDataParallel hands its to all.
+    weights = "none" if checkpoint or args.init or not master else args.weights
+    net = EMANet(len(data.classes), args.backbone, args.stem, weights, args.output_stride, args.channels, args.attention,
+                 args.num_bases, args.em_iterations, args.lam, args.alpha, args.decoder, args.bn_momentum)
+    if checkpoint:
+        net.load_state_dict(checkpoint["model"])
+    elif args.init:
+        load_init(net, args.init)
+    net.to(device, memory_format=torch.channels_last)
+    sync_bn = world > 1 and device.type == "cuda"
+    if sync_bn:
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    amp = pick_amp(args.amp, device)
+    model = torch.compile(net) if args.compile else net          # evaluation uses `net`: its image sizes vary
+    if world > 1:
+        model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    optimizer = build_optimizer(net, args.lr)
+    start, best, window = 0, 0.0, []
+    if checkpoint:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        start, best, window = checkpoint["iteration"], checkpoint["best"], list(checkpoint["window"].to(device))
+
+    # what one needs to compare with the paper
+    local = args.batch_size // world // args.accumulate
+    say(f"recipe   {args.dataset} {args.recipe}: {args.iters} iterations of {args.batch_size} crops of {args.crop} pixels "
+        f"({world} processes x {local} crops x {args.accumulate} parts), lr {args.lr} poly 0.9, seed {args.seed}")
+    say(f"network  {args.backbone}, {args.stem} stem, output stride {args.output_stride} (evaluated at "
+        f"{args.eval_output_stride}), {args.channels} channels, attention {args.attention} K={args.num_bases} "
+        f"T={args.em_iterations} lambda={args.lam:g} alpha={args.alpha:g}{', decoder' * args.decoder}")
+    say(f"weights  {args.init or ('the checkpoint' if checkpoint else net.backbone.weights_origin)}")
+    say(f"data     {data.name} {data.split}: {'endless' if data.endless else len(data)} images, "
+        f"{len(data.classes)} classes; validation: {len(val) if val else 'none'}")
+    say(f"BN       momentum {args.bn_momentum:g}, " + ("synchronised over the processes" if sync_bn else
+        "per process: torch synchronises BN on GPUs only" if world > 1 else "one process"))
+    say(f"machine  {world} x {device_name(device)}, {'bfloat16 autocast' if amp else 'float32'}, torch "
+        f"{torch.__version__}, torchvision {torchvision.__version__}, python {platform.python_version()}")
+    if args.accumulate > 1:
+        say(f"note     bases and BN see micro-batches of {local * world} crops, not the batch of {args.batch_size}")
+    if checkpoint:
+        say(f"going on at iteration {start}", flush=True)
+    config = {"network": net.config | {"output_stride": args.eval_output_stride},
+              "data": {"dataset": data.name, "classes": list(data.classes)}, "training": vars(args)}
+    log = Log(out / "log.jsonl", {"args": vars(args), "torch": torch.__version__, "device": device_name(device),
+                                  "world": world}, start) if master else None
+
+    # loop
+    schedule = Schedule(data, args.batch_size, args.seed, start, args.iters, rank, world, args.accumulate)
+    loader = iter(DataLoader(TrainView(data, args.crop, args.seed), batch_sampler=schedule, num_workers=args.workers,
+                             pin_memory=device.type == "cuda"))
+    log_every = max(1, min(50, args.iters // 50))
+    begun = since = time.time()
+    waited, logged = 0.0, start
+    for iteration in range(start, args.iters):
+        net.train()
+        lr = args.lr * (1 - iteration / args.iters) ** 0.9                     # the "poly" policy
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        # Dropout's randomness is a function of (seed, iteration, rank), so that no state of it has to be saved.
+        torch.manual_seed(int(np.random.SeedSequence((args.seed, iteration, rank)).generate_state(1)[0]))
+        loss = 0
+        for part in range(args.accumulate):
+            before = time.time()
+            images, labels, boxes = next(loader)                               # (b, 3, crop, crop), (b, crop, crop)
+            waited += time.time() - before
+            images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            images = normalise(images, boxes).contiguous(memory_format=torch.channels_last)
+            last = part == args.accumulate - 1
+            with nullcontext() if last or world == 1 else model.no_sync():     # processes exchange gradients once
+                with torch.autocast(device.type, amp, enabled=amp is not None):
+                    part_loss = segmentation_loss(model(images), labels) / args.accumulate
+                part_loss.backward()
+            loss = loss + part_loss.detach()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        window.append(loss)                                                    # no .item(): the device need not wait
+
+        done = iteration + 1
+        if done % log_every == 0 or done == args.iters:
+            losses = torch.stack(window)
+            if world > 1:
+                dist.all_reduce(losses)
+                losses /= world
+            mean = losses.mean().item()                                        # waits for the device: time is true now
+            now, steps = time.time(), done - logged
+            step = (now - since) / steps
+            memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0
+            if master:
+                print(f"iter {done:6d}/{args.iters} | loss {mean:.4f} | lr {lr:.2e} | {1000 * step:.0f} ms (data "
+                      f"{1000 * waited / steps:.0f}) | {args.batch_size / step:.1f} img/s | "
+                      + (f"mem {memory:.1f} GB | " if memory else "")
+                      + f"eta {duration(step * (args.iters - done))}", flush=True)
+                log.write(iteration=done, loss=mean, lr=lr, ms=1000 * step, data_ms=1000 * waited / steps,
+                          images_per_second=args.batch_size / step, memory_gb=memory)
+            window, waited, logged, since = [], 0.0, done, now
+
+        validate = done % args.eval_every == 0 or done == args.iters
+        if validate or done % SAVE_EVERY == 0:
+            share_buffers(net)
+            if validate and val:
+                net.set_output_stride(args.eval_output_stride)
+                result = evaluate(net, val, device, rank=rank, world=world, workers=args.workers)
+                net.set_output_stride(args.output_stride)
+                best = max(best, result["miou"])
+                initial = (1 - args.bn_momentum) ** (done * args.accumulate)
+                note = f" | BN statistics are {100 * initial:.0f}% initial" if initial > 0.03 else ""
+                say(summary(val, result) + note, flush=True)
+                if master:
+                    log.write(iteration=done, **{"val_" + key: value for key, value in result.items()}, best=best)
+            if master:
+                model_state = net.state_dict()
+                if validate:
+                    save_checkpoint({"model": model_state, "config": config}, out / "model.pth")
+                save_checkpoint({"model": model_state, "config": config, "optimizer": optimizer.state_dict(), "best": best,
+                                 "iteration": done, "window": torch.stack(window) if window else torch.zeros(0)},
+                                out / "last.pth")
+            since, logged, waited = time.time(), done, 0.0
+
+    say(f"done in {duration(time.time() - begun)}: wrote {out}/model.pth (the network), {out}/last.pth (to go on) and "
+        f"{out}/log.jsonl (the numbers)")
+    where = "" if args.dataset == "scenes" else f" --data-root {args.data_root}"
+    say(f"next:    python evaluate.py --ckpt {out}/model.pth{where}\n"
+        f"         python visualize.py --ckpt {out}/model.pth{where}")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def device_name(device):
+    """The name of the GPU or processor, for the record."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+if __name__ == "__main__":
+    run(main)
