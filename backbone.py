@@ -140,7 +140,7 @@ def file_weights(path, stem):
             raise UserError(f"{path}: damaged: its hash does not begin with {promised[1]} as its name says")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:                       # torch raises many kinds for a file that is no weights file
+    except Exception as error:  # noqa: BLE001 - torch raises many kinds for a file that is no weights file
         raise UserError(f"{path}: not a file of weights that can be loaded safely: {first_line(error)}") from None
     if not isinstance(state, dict) or not ({"conv1.weight", "conv1.0.weight"} & state.keys()):
         raise UserError(f"{path}: no ResNet state dict (neither conv1.weight nor conv1.0.weight in it)")

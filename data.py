@@ -24,8 +24,14 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)          # ImageNet's, 
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)                   # of the training view (released code's seven steps)
 DATASETS = ("scenes", "voc", "folder")
 
-VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
-               "person pottedplant sheep sofa train tvmonitor").split()
+CLASSES = {  # names in the order of the class indices
+    "scenes": "sky, sea, grass, sand, mountain, tree, house, boat, sun",
+    "voc": "background, aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, diningtable, dog, horse, "
+           "motorbike, person, pottedplant, sheep, sofa, train, tvmonitor"}
+
+
+def class_names(name):
+    return CLASSES[name].split(", ")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -85,7 +91,7 @@ def voc(root, split):
     base = root / "VOCdevkit" / "VOC2012"
     # VOC's own masks for its own splits, so that validation never depends on somebody's merged copy
     labels = {"trainaug": "SegmentationClassAug", "test": None}.get(split, "SegmentationClass")
-    return voc_layout("voc", base, split, VOC_CLASSES, labels)
+    return voc_layout("voc", base, split, class_names("voc"), labels)
 
 
 def folder(root, split):
@@ -241,15 +247,16 @@ class Schedule:
 # Every scene is painted from five pots, and rivals share one: sky and sea, grass and tree, sand and house wall,
 # mountain and roof (and hull and trunk), sun and sail (and lit window). Colour and brushwork belong to the pot, not to
 # the class, and change with hour and season, so a close-up look cannot tell the rivals apart: context decides.
-SCENE_CLASSES = "sky sea grass sand mountain tree house boat sun".split()  # index = label
+SCENE_COLOURS = [(135, 190, 235), (30, 80, 160), (130, 200, 80), (240, 215, 140), (130, 120, 140), (30, 110, 50),
+                 (200, 60, 50), (150, 60, 160), (255, 230, 0)]
 SKY, SEA, GRASS, SAND, MOUNTAIN, TREE, HOUSE, BOAT, SUN = range(9)
 AIR, LEAF, EARTH, ROCK, GLOW = range(5)  # the pots
 
 HOURS = np.array([  # zenith, horizon, tint of the light in percent
-    [(62, 122, 192), (190, 220, 232), (102, 102, 99)],  # noon
-    [(96, 88, 156), (252, 176, 112), (106, 91, 84)],    # dusk
-    [(132, 144, 156), (212, 213, 208), (94, 96, 97)],   # overcast
-    [(102, 138, 190), (246, 210, 202), (99, 96, 104)],  # dawn
+    [(62, 122, 192), (190, 220, 232), (102, 102, 99)],   # noon
+    [(96, 88, 156), (252, 176, 112), (106, 91, 84)],     # dusk
+    [(132, 144, 156), (212, 213, 208), (94, 96, 97)],    # overcast
+    [(102, 138, 190), (246, 210, 202), (99, 96, 104)],   # dawn
     [(70, 142, 172), (238, 226, 194), (103, 101, 94)]])  # afternoon
 POTS = np.array([  # leaf, earth, rock and glow of a scene are mixed from these
     [(98, 146, 62), (62, 116, 70), (204, 136, 58), (156, 162, 88), (212, 182, 88)],
@@ -284,7 +291,7 @@ THINGS = {
 def draw_scene(index, key=0, size=(96, 128)):
     """Paint scene `index` of the endless series `key` (0: training, 1: validation); same arguments, same bytes.
 
-    Returns the image, uint8 (H, W, 3), and its label, uint8 (H, W), with indices into SCENE_CLASSES.
+    Returns the image, uint8 (H, W, 3), and its label, uint8 (H, W), with class indices.
     """
     rng = np.random.default_rng([key, index])
     uniform = rng.uniform
@@ -296,7 +303,7 @@ def draw_scene(index, key=0, size=(96, 128)):
     leaf, earth, rock, glow = (POTS * share).sum(1) / share.sum(1)
     upper_colour = np.stack([zenith, leaf * 1.12, earth * 1.06, rock * 1.08, glow])
     lower_colour = np.stack([haze, leaf * 0.84, earth * 0.9, rock * 0.9, glow * (1, 0.95, 0.85)])
-    canvas = Image.new("L", (2 * size[1], 2 * size[0]))  # holds the number of the shape seen at each pixel
+    canvas = Image.new("L", (2 * size[1], 2 * size[0]))  # the number of the shape seen at each pixel, 0 for the sky
     draw = ImageDraw.Draw(canvas)
     shapes = []  # per shape: label, pot, upper edge, lower edge, the colour there and there
 
@@ -341,33 +348,36 @@ def draw_scene(index, key=0, size=(96, 128)):
         labels = [thing for thing, count in counts.get(label, {}).items() for _ in range(count)]
         for place, thing in zip(rng.permutation(len(labels)), labels):  # side by side, so that none hides its like
             things.append((uniform(upper + 4, lower - 3), (place + uniform(0.2, 0.8)) * width / len(labels), thing))
-    for y, x, label in sorted(things):
+    for y, x, thing in sorted(things):
         scale = (0.85 + 0.7 * (y - horizon) / (height - horizon)) * uniform(0.9, 1.15, 2) * (rng.choice((-1, 1)), 1)
-        for pot, shade, outline in THINGS[label][rng.integers(2)]:
-            paint(label, pot, (outline + uniform(-0.5, 0.5, (len(outline), 2))) * scale + (x, y), shade)
+        for pot, shade, outline in THINGS[thing][rng.integers(2)]:
+            paint(thing, pot, (outline + uniform(-0.5, 0.5, (len(outline), 2))) * scale + (x, y), shade)
 
     # from shape numbers to colours: every shape fades from its upper to its lower edge
     label, pot, upper, lower, first, last = (np.array(column) for column in zip(*shapes))
     row, shape = np.arange(2 * size[0])[:, None], np.asarray(canvas)
     fade = first + ((row / zoom - upper) / (lower - upper)).clip(0, 1)[..., None] * (last - first)
-    image = Image.fromarray(fade.clip(0, 255).astype(np.uint8)[row, shape]).reduce(2)
-    image, label, pot = np.asarray(image, float), label.astype(np.uint8)[shape[::2, ::2]], pot[shape[::2, ::2]]
+    image = fade.clip(0, 255).astype(np.uint8).reshape(-1, 3).take(row * len(shapes) + shape, 0)
+    image = np.asarray(Image.fromarray(image).reduce(2), np.float32)
+    label, pot = label.astype(np.uint8)[shape[::2, ::2]], pot[shape[::2, ::2]]
 
     # sunshine around the sun and in a column on the sea, the brushwork of the pots, the light of the hour, grain
     y, x = np.ogrid[:size[0], :size[1]]
     if sunny:
         away = (2 * x / zoom - sun_x) ** 2 + (label == SKY) * (2 * y / zoom - sun_y) ** 2
-        image += ((pot == AIR) * 0.6 / (1 + away / 160))[..., None] * (glow - image)
-    dabs = [Image.fromarray(rng.integers(0, 256, (*cells, 3), np.uint8)) for cells in DABS]
-    dabs = np.stack([brush.resize(size[::-1], Image.BICUBIC) for brush in dabs])
-    dabs = (dabs[pot, y, x] - 128.0) * uniform(0.1, 0.2, (5, 1))[pot]
-    image = (image + 0.3 * dabs + 0.7 * dabs.mean(-1, keepdims=True)) * light / 100
-    return (image + rng.integers(-4, 5, (*size, 1))).clip(0, 255).astype(np.uint8), label
+        shine = (pot == AIR) * 0.6 / (1 + away / 160)
+        image += shine[..., None].astype(np.float32) * (glow.astype(np.float32) - image)
+    dabs = [0.3 * rng.integers(0, 256, (*cells, 3)) + 0.7 * rng.integers(38, 218, (*cells, 1)) for cells in DABS]
+    dabs = [Image.fromarray(brush.astype(np.uint8)).resize(size[::-1], Image.BICUBIC) for brush in dabs]
+    strength = uniform(0.1, 0.2, 5).astype(np.float32)
+    image += (np.stack(dabs)[pot, y, x] - np.float32(128)) * strength[pot][..., None]
+    image = image * (light / 100).astype(np.float32) + rng.integers(-4, 5, (*size, 1), np.int8)
+    return image.clip(0, 255).astype(np.uint8), label
 
 
 class Scenes(Dataset):
     """Miniature landscapes, drawn as they are asked for. Training: endless; validation: always the same 64."""
-    name, classes, labelled, scales = "scenes", SCENE_CLASSES, True, (1.0,)
+    name, classes, labelled, scales = "scenes", class_names("scenes"), True, (1.0,)
 
     def __init__(self, split):
         if split not in ("train", "val"):
@@ -383,8 +393,8 @@ class Scenes(Dataset):
         return image, torch.from_numpy(label)
 
     def read(self, i):
-        image, label = draw_scene(i, self.key)
-        return torch.from_numpy(image).permute(2, 0, 1), label                 # (3, 96, 128), (96, 128)
+        image, label = draw_scene(i, self.key, size=(97, 129))
+        return torch.from_numpy(image).permute(2, 0, 1), label                 # (3, 97, 129), (97, 129)
 
     def to_classes(self, label, i):
         return label
@@ -424,23 +434,30 @@ def voc_palette():
     return palette
 
 
-PALETTE = voc_palette()
+def palette_of(classes):
+    """The colours of a data set's classes, uint8 (256, 3)."""
+    palette = voc_palette()
+    if list(classes) == class_names("scenes"):
+        palette[:len(SCENE_COLOURS)] = SCENE_COLOURS
+    elif classes[0] != "background":                 # VOC's first colour is black, which suits a background only
+        palette[:IGNORE] = palette[1:]
+    return palette
 
 
-def save_index_png(label, path):
-    """Writes class indices uint8 (H, W) as a palette PNG, VOC's colours: what the VOC server and label tools read."""
-    image = Image.fromarray(np.asarray(label, np.uint8), mode="P")
-    image.putpalette(PALETTE.tobytes())
+def save_index_png(label, path, palette):
+    """Writes class indices uint8 (H, W) as a palette PNG: what VOC's server and label tools read."""
+    image = Image.fromarray(np.asarray(label, np.uint8))
+    image.putpalette(palette.tobytes())              # all 256 colours, or Pillow would write fewer bits per pixel
     image.save(path)
 
 
-def overlay(image, label, alpha=0.6):
+def overlay(image, label, palette, alpha=0.6):
     """The classes of label uint8 (H, W) in their colours over the image uint8 (3, H, W) -> uint8 (3, H, W)."""
     present = [int(c) for c in torch.unique(label) if c != IGNORE]
     if not present:
         return image
     masks = torch.stack([label == c for c in present])                          # (classes present, H, W)
-    return draw_segmentation_masks(image, masks, alpha=alpha, colors=[tuple(PALETTE[c].tolist()) for c in present])
+    return draw_segmentation_masks(image, masks, alpha=alpha, colors=[tuple(palette[c].tolist()) for c in present])
 
 
 def run(main):

@@ -161,7 +161,7 @@ def read_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)   # never unpickles code
     except UserError:
         raise
-    except Exception as error:                                # a torn file makes torch and zipfile raise many kinds
+    except Exception as error:  # noqa: BLE001 - a torn file makes torch and zipfile raise many kinds
         raise UserError(f"{path}: damaged, or not a checkpoint: {first_line(error)}") from None
     if not isinstance(checkpoint, dict) or not ({"model", "config"} <= checkpoint.keys() or "net" in checkpoint):
         raise UserError(f"{path}: not a checkpoint of EMANet (keys model and config, or net for a released one)")

@@ -7,6 +7,7 @@
 Shapes: H x W pixels of one image, L classes.
 """
 import argparse
+import math
 import os
 import time
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-from data import DATASETS, build_dataset, normalise, pick_device, run, save_index_png
+from data import DATASETS, build_dataset, normalise, palette_of, pick_device, run, save_index_png
 from ema import UserError, load_checkpoint
 
 MS_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)           # of two forks of the released code, which itself has none
@@ -84,7 +85,7 @@ def evaluate(net, data, device, ms_flip=False, rank=0, world=1, workers=2, save_
         prediction = predict(net, image, ms_flip).max(0)[1]                    # (H, W)  max is faster than argmax
         confusion += confusion_matrix(prediction, label, len(data.classes))
         if save_png:
-            save_index_png(prediction.byte().cpu().numpy(), Path(save_png) / f"{data.ids[i]}.png")
+            save_index_png(prediction.cpu().numpy(), Path(save_png) / f"{data.ids[i]}.png", palette_of(data.classes))
         if progress and time.time() - reported > 5:
             reported = time.time()
             rate = done / (reported - start)
@@ -158,18 +159,18 @@ def main():
         net.set_output_stride(args.output_stride)
     data = open_dataset(args, net)
     if not (data.labelled or args.save_png):
-        raise UserError(f"{data.name} {data.split} has no labels to compare with: --save-png DIR writes the predictions")
+        raise UserError(f"{data.name} {data.split} has no labels to score by: --save-png DIR writes the predictions")
     if args.save_png:
         Path(args.save_png).mkdir(parents=True, exist_ok=True)
     rank, world, device = init_distributed(args.device)
     net.to(device, memory_format=torch.channels_last)
     if rank == 0:
-        print(f"{args.ckpt} | {net.config['backbone']} output stride {net.config['output_stride']} | "
-              f"{data.name} {data.split}, {len(data)} images | {world} x {device} | torch {torch.__version__}", flush=True)
+        print(f"{args.ckpt} | {net.config['backbone']}, output stride {net.config['output_stride']} | {data.name} "
+              f"{data.split}, {len(data)} images | {world} x {device}, torch {torch.__version__}", flush=True)
     result = evaluate(net, data, device, args.ms_flip, rank, world, args.workers, args.save_png, progress=rank == 0)
     if rank == 0 and data.labelled:
         for name, iou in zip(data.classes, result["iou"], strict=True):
-            print(f"  {name:20s} {100 * iou:6.2f}" if iou == iou else f"  {name:20s}      -   (does not occur)")
+            print(f"  {name:20s} " + ("     -  (does not occur)" if math.isnan(iou) else f"{100 * iou:6.2f}"))
         print(summary(data, result, args.ms_flip))
     elif rank == 0:
         print(f"wrote {len(data)} predictions to {args.save_png} (no labels to score them by)")

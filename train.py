@@ -32,17 +32,19 @@ from ema import EMANet, UserError, load_checkpoint, read_checkpoint, save_checkp
 from evaluate import duration, evaluate, init_distributed, summary
 
 # The recipes. "paper": the paper's own settings (Sec. 6.1); "released": those of the released code where it differs.
-PAPER = dict(split="trainaug", backbone="resnet101", stem="7x7", weights="imagenet", output_stride=16,
-             eval_output_stride=8, crop=513, batch_size=16, iters=30000, lr=0.009, bn_momentum=3e-4, channels=512,
-             decoder=False, eval_every=3000)
+PAPER = {"split": "trainaug", "backbone": "resnet101", "stem": "7x7", "weights": "imagenet", "output_stride": 16,
+         "eval_output_stride": 8, "crop": 513, "batch_size": 16, "iters": 30000, "lr": 0.009, "bn_momentum": 3e-4,
+         "channels": 512, "decoder": False, "eval_every": 3000}
 RECIPES = {
     ("voc", "paper"): PAPER,
-    ("voc", "released"): PAPER | dict(output_stride=8, stem="deep", weights="resnet101-2a57e44d.pth", decoder=True),
+    ("voc", "released"): PAPER | {"output_stride": 8, "stem": "deep", "weights": "resnet101-2a57e44d.pth",
+                                  "decoder": True},
     # A folder of images is small as a rule: half of VOC's iterations, and BN statistics that follow in time.
-    ("folder", "paper"): PAPER | dict(split="train", iters=15000, bn_momentum=0.01, eval_every=1500),
+    ("folder", "paper"): PAPER | {"split": "train", "iters": 15000, "bn_momentum": 0.01, "eval_every": 1500},
     # Scenes are a smoke test for any laptop: a small network from scratch, so a large lr and BN momentum.
-    ("scenes", "paper"): PAPER | dict(split="train", backbone="resnet18", weights="none", output_stride=8, crop=96,
-                                      batch_size=16, iters=300, lr=0.05, bn_momentum=0.1, channels=128, eval_every=150),
+    ("scenes", "paper"): PAPER | {"split": "train", "backbone": "resnet18", "weights": "none", "output_stride": 8,
+                                  "crop": 97, "iters": 300, "lr": 0.05, "bn_momentum": 0.1, "channels": 128,
+                                  "eval_every": 150},
 }
 SAVE_EVERY = 1000             # iterations between two last.pth at most, however rare the validations are
 MAY_CHANGE = ("data_root", "workers", "device", "out", "resume", "eval_every", "compile", "init")      # on resuming
@@ -117,7 +119,7 @@ def segmentation_loss(logits, label):
 
 def build_optimizer(net, lr):
     """SGD as in the released code: weight decay on convolutions' weights alone, twice the lr on all biases."""
-    groups = {"weights": [], "scales": [], "biases": []}           # convolutions' weights; BN's; both kinds' biases
+    groups = {"weights": [], "scales": [], "biases": []}               # convolutions' weights, BN's, all biases
     for module in net.modules():
         for name, p in module.named_parameters(recurse=False):
             if p.requires_grad:                                    # EMAU's first convolution is frozen
@@ -136,7 +138,7 @@ def pick_amp(choice, device):
 
 
 def share_buffers(net):
-    """Gives rank 0's buffers to all. Plain BN's statistics differ between processes; a saved network has one of each."""
+    """Gives rank 0's buffers to all: plain BN's statistics differ between processes, a saved network has but one."""
     if dist.is_initialized():
         for buffer in net.buffers():
             dist.broadcast(buffer, 0)
@@ -237,8 +239,9 @@ def main():
 
     # network. Only rank 0 needs weights: DistributedDataParallel hands its to all.
     weights = "none" if checkpoint or args.init or not master else args.weights
-    net = EMANet(len(data.classes), args.backbone, args.stem, weights, args.output_stride, args.channels, args.attention,
-                 args.num_bases, args.em_iterations, args.lam, args.alpha, args.decoder, args.bn_momentum)
+    net = EMANet(len(data.classes), args.backbone, args.stem, weights, args.output_stride, args.channels,
+                 args.attention, args.num_bases, args.em_iterations, args.lam, args.alpha, args.decoder,
+                 args.bn_momentum)
     if checkpoint:
         net.load_state_dict(checkpoint["model"])
     elif args.init:
@@ -259,9 +262,9 @@ def main():
 
     # what one needs to compare with the paper
     local = args.batch_size // world // args.accumulate
-    say(f"recipe   {args.dataset} {args.recipe}: {args.iters} iterations of {args.batch_size} crops of {args.crop} pixels "
-        f"({world} processes x {local} crops x {args.accumulate} parts), lr {args.lr} poly 0.9, seed {args.seed}")
-    say(f"network  {args.backbone}, {args.stem} stem, output stride {args.output_stride} (evaluated at "
+    say(f"recipe   {args.dataset} {args.recipe}: {args.iters} iterations of {args.batch_size} crops of {args.crop} "
+        f"pixels ({world} processes x {local} x {args.accumulate} parts), lr {args.lr} poly 0.9, seed {args.seed}")
+    say(f"network  {args.backbone}, {args.stem} stem, output stride {args.output_stride} (validation: "
         f"{args.eval_output_stride}), {args.channels} channels, attention {args.attention} K={args.num_bases} "
         f"T={args.em_iterations} lambda={args.lam:g} alpha={args.alpha:g}{', decoder' * args.decoder}")
     say(f"weights  {args.init or ('the checkpoint' if checkpoint else net.backbone.weights_origin)}")
@@ -271,6 +274,8 @@ def main():
         "per process: torch synchronises BN on GPUs only" if world > 1 else "one process"))
     say(f"machine  {world} x {device_name(device)}, {'bfloat16 autocast' if amp else 'float32'}, torch "
         f"{torch.__version__}, torchvision {torchvision.__version__}, python {platform.python_version()}")
+    if args.crop % 8 != 1:
+        say(f"note     crops of 8k + 1 pixels, as {args.crop // 8 * 8 + 1}, lie on the feature grid as whole images do")
     if args.accumulate > 1:
         say(f"note     bases and BN see micro-batches of {local * world} crops, not the batch of {args.batch_size}")
     if checkpoint:
@@ -347,9 +352,9 @@ def main():
                 model_state = net.state_dict()
                 if validate:
                     save_checkpoint({"model": model_state, "config": config}, out / "model.pth")
-                save_checkpoint({"model": model_state, "config": config, "optimizer": optimizer.state_dict(), "best": best,
-                                 "iteration": done, "window": torch.stack(window) if window else torch.zeros(0)},
-                                out / "last.pth")
+                save_checkpoint({"model": model_state, "config": config, "optimizer": optimizer.state_dict(),
+                                 "iteration": done, "best": best,
+                                 "window": torch.stack(window) if window else torch.zeros(0)}, out / "last.pth")
             since, logged, waited = time.time(), done, 0.0
 
     say(f"done in {duration(time.time() - begun)}: wrote {out}/model.pth (the network), {out}/last.pth (to go on) and "

@@ -1,0 +1,252 @@
+"""Draws what a network sees: predictions, the responsibilities of its bases round by round (Fig. 5), a run's curves.
+
+    python visualize.py --ckpt out/scenes/model.pth                    # images of the data set it was trained on
+    python visualize.py --ckpt model.pth --image holiday.jpg           # your own image, or a folder of them
+    python visualize.py --ckpt model.pth --bases 3,17                  # these two bases
+    python visualize.py --log out/scenes/log.jsonl                     # loss and validation mIoU of a run
+
+Writes to --out, per image, NAME.png (the picture) and NAME_prediction.png (class indices with a palette).
+
+Shapes: H x W pixels of one image, T iterations, K bases.
+"""
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from backbone import first_line
+from data import DATASETS, IGNORE, overlay, palette_of, pick_device, run, save_index_png
+from ema import EMAU, UserError, load_checkpoint
+from evaluate import open_dataset, predict
+
+GAP, TEXT = 8, 13                       # pixels: space between panels, height of letters
+LINES = [(178, 34, 34), (31, 90, 180), (34, 139, 34), (218, 140, 0), (128, 0, 128), (0, 150, 150)]     # of curves
+HEAT = np.array([(8, 6, 24), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)])    # responsibility 0 .. max
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the network sees
+@torch.no_grad()
+def look(net, image):
+    """Prediction and responsibilities of one image: uint8 (3, H, W) -> uint8 (H, W), float (T, K, h, w) or None.
+
+    h x w is the feature map of the padded image. The EM rounds are EMAU's own, run again on what entered them.
+    """
+    if not isinstance(net.attention, EMAU):
+        return predict(net, image).max(0)[1].byte(), None
+    entered = []
+    hook = net.attention.conv1.register_forward_hook(lambda module, inputs, output: entered.append(output))
+    prediction = predict(net, image).max(0)[1].byte()                          # (H, W)
+    hook.remove()
+    x = entered[0].float()                                                     # (1, C, h, w)
+    z = torch.cat([z for z, _ in net.attention.em(x.flatten(2).transpose(1, 2))])          # (T, N, K)
+    return prediction, z.transpose(1, 2).unflatten(2, x.shape[2:])             # (T, K, h, w)
+
+
+def choose_bases(wanted, z, count=4):
+    """Indices of the bases to show: given as "3,17", "random" as in Fig. 5, or those that hold the most pixels."""
+    K = z.shape[1]
+    if wanted == "random":
+        return torch.randperm(K, generator=torch.Generator().manual_seed(0))[:count].tolist()
+    if wanted:
+        bases = [int(word) if word.strip().isdigit() else -1 for word in wanted.split(",")]
+        if not all(0 <= k < K for k in bases):
+            raise UserError(f"--bases {wanted}: give numbers from 0 to {K - 1} with commas between them, or random")
+        return bases
+    held = torch.bincount(z[-1].flatten(1).argmax(0), minlength=K)             # (K,) pixels whose largest z it has
+    return held.argsort(descending=True, stable=True)[:count].tolist()
+
+
+def responsibility_maps(z, bases, size):
+    """The maps of some bases at image size: z (T, K, h, w) -> (T, len(bases), H, W)."""
+    padded = [side + -(side - 1) % 8 for side in size]                         # as evaluate.predict pads
+    maps = F.interpolate(z[:, bases], padded, mode="bilinear", align_corners=True)
+    return maps[:, :, :size[0], :size[1]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Drawing
+def picture(image, label, prediction, z, bases, classes):
+    """The whole picture of one image as a PIL image: image, label, prediction, legend; below, one row per basis."""
+    palette = palette_of(classes)
+    rows = [[(to_pil(image), "image")]]
+    if label is not None:
+        rows[0].append((to_pil(overlay(image, label, palette)), "label"))
+    rows[0].append((to_pil(overlay(image, prediction, palette)), "prediction"))
+    if z is not None:
+        for k, maps in zip(bases, responsibility_maps(z, bases, image.shape[1:]).unbind(1), strict=True):   # (T, H, W)
+            top = max(maps.max().item(), 1e-6)                                 # one scale per basis, so rounds compare
+            rows.append([(heat(m / top), f"basis {k}, t = {t}" + f" (white: {top:.2f})" * (t == 1))
+                         for t, m in enumerate(maps, 1)])
+    shown = torch.cat([prediction.flatten(), label.flatten()] if label is not None else [prediction.flatten()])
+    present = [int(c) for c in shown.unique() if c != IGNORE]
+    return beside(grid(rows), legend([(classes[c], tuple(palette[c].tolist())) for c in present]))
+
+
+def to_pil(image):
+    return Image.fromarray(image.permute(1, 2, 0).numpy())
+
+
+def heat(values):
+    """Values 0..1 (H, W) -> PIL image from dark to bright."""
+    at = np.linspace(0, 1, len(HEAT))
+    colours = [np.interp(values.numpy(), at, HEAT[:, channel]) for channel in range(3)]
+    return Image.fromarray(np.stack(colours, axis=-1).astype(np.uint8))
+
+
+def grid(rows, width=256):
+    """Rows of (PIL image, caption) -> one image, every panel `width` pixels wide."""
+    height = max(round(width * image.height / image.width) for image, _ in rows[0])
+    step_x, step_y = width + GAP, height + TEXT + 2 * GAP
+    sheet = Image.new("RGB", (GAP + step_x * max(len(row) for row in rows), step_y * len(rows) + GAP), "white")
+    draw = ImageDraw.Draw(sheet)
+    for r, row in enumerate(rows):
+        for c, (image, caption) in enumerate(row):
+            x, y = GAP + c * step_x, GAP + r * step_y
+            draw.text((x, y), caption, "black", ImageFont.load_default(TEXT))
+            sheet.paste(image.resize((width, height), Image.Resampling.BILINEAR), (x, y + TEXT + GAP // 2))
+    return sheet
+
+
+def legend(entries):
+    """(name, colour) pairs -> PIL image, one below the other."""
+    font = ImageFont.load_default(TEXT)
+    width = 3 * TEXT + max(round(font.getlength(name)) for name, _ in entries)
+    sheet = Image.new("RGB", (width, (TEXT + GAP) * len(entries) + TEXT + 2 * GAP), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (name, colour) in enumerate(entries):
+        y = TEXT + 2 * GAP + i * (TEXT + GAP)
+        draw.rectangle((0, y, TEXT, y + TEXT), fill=colour, outline="black")
+        draw.text((TEXT + GAP, y), name, "black", font)
+    return sheet
+
+
+def beside(left, right):
+    """Two PIL images side by side, top edges level."""
+    sheet = Image.new("RGB", (left.width + right.width, max(left.height, right.height)), "white")
+    sheet.paste(left)
+    sheet.paste(right, (left.width, 0))
+    return sheet
+
+
+def curves(paths):
+    """Training loss and validation mIoU of one or several runs (log.jsonl) over the iterations, as a PIL image."""
+    panels = {"loss": "training loss", "val_miou": "validation mIoU"}
+    series = {key: [] for key in panels}
+    for path in paths:
+        try:
+            records = [json.loads(line) for line in Path(path).read_text().splitlines()]
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read as a log.jsonl of train.py: {first_line(error)}") from None
+        for key in panels:
+            points = [(r["iteration"], r[key]) for r in records if key in r]
+            series[key].append(np.array(points, float).reshape(-1, 2))         # (points, 2)
+    sheets = [(plot(series[key]), title) for key, title in panels.items() if any(len(s) for s in series[key])]
+    if not sheets:
+        raise UserError(f"{paths[0]}: holds no iterations yet")
+    names = [(Path(path).parent.name or str(path), LINES[i % len(LINES)]) for i, path in enumerate(paths)]
+    return beside(grid([sheets], width=512), legend(names))
+
+
+def plot(series, size=(512, 320)):
+    """Lines through series of (x, y) points (n, 2) -> PIL image with axes."""
+    sheet, font = Image.new("RGB", size, "white"), ImageFont.load_default(TEXT)
+    draw = ImageDraw.Draw(sheet)
+    points = np.concatenate(series)
+    low, high = points.min(0), points.max(0)
+    low[:] = 0                                                                 # both axes begin at nought
+    left, top, right, bottom = 48, 10, size[0] - 20, size[1] - 24
+    scale = np.array([right - left, top - bottom]) / np.maximum(high - low, 1e-9)
+    for share in np.linspace(0, 1, 5):                                         # grid lines and their numbers
+        x, y = low + share * (high - low)
+        px, py = left + share * (right - left), bottom + share * (top - bottom)
+        draw.line((left, py, right, py), fill=(225, 225, 225))
+        draw.text((4, py - TEXT / 2), f"{y:.3g}", "black", font)
+        draw.text((px, bottom + 4), f"{x:.0f}", "black", font, anchor="ma")
+    for s, colour in zip(series, LINES * len(series)):
+        line = [tuple(p) for p in (s - low) * scale + (left, bottom)]
+        draw.line(line, fill=colour, width=2)
+        for x, y in line if len(line) < 20 else ():
+            draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour)
+    return sheet
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Own images
+def own_images(path, size):
+    """Name, image uint8 (3, h, w) and original (H, W) of an image file, or of those in a folder. The image is turned
+    as its EXIF data says, and brought down to `size` pixels along its longer side: the network knows objects at the
+    size they have in its training images, and a photograph of 12 megapixels would not fit into memory."""
+    path = Path(path)
+    files = sorted(f for f in path.iterdir() if f.suffix.lower() in Image.registered_extensions()) \
+        if path.is_dir() else [path]
+    if not files:
+        raise UserError(f"no images in {path}")
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                image = ImageOps.exif_transpose(image).convert("RGB")
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise UserError(f"{file}: cannot be read as an image: {first_line(error)}") from None
+        original = image.height, image.width
+        image.thumbnail((size, size), Image.Resampling.BILINEAR)
+        yield file.stem, torch.from_numpy(np.array(image)).permute(2, 0, 1), original
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ckpt", help="checkpoint: model.pth of train.py, or a released one")
+    parser.add_argument("--dataset", choices=DATASETS, help="data set (default: the one the checkpoint was trained on)")
+    parser.add_argument("--data-root", default="datasets", help="folder that holds the data set (default: datasets)")
+    parser.add_argument("--split", default="val", help="list of images to draw (default: val)")
+    parser.add_argument("--count", type=int, default=4, help="how many images of the data set (default: 4)")
+    parser.add_argument("--image", metavar="FILE|DIR", help="your own image, or a folder of images, instead")
+    parser.add_argument("--size", type=int, default=513, help="own images: longer side, in pixels (default: 513)")
+    parser.add_argument("--bases", help="bases to show: 3,17 or random (default: the four that hold the most pixels)")
+    parser.add_argument("--log", nargs="+", metavar="FILE", help="draw the curves of these log.jsonl as curves.png")
+    parser.add_argument("--out", metavar="DIR", help="output folder (default: pictures, beside the checkpoint or log)")
+    parser.add_argument("--device", default="auto", help="auto (cuda, then mps, then cpu) or a torch device")
+    args = parser.parse_args()
+    if not args.ckpt and not args.log:
+        raise UserError("nothing to draw: give --ckpt model.pth, or --log log.jsonl")
+    return args
+
+
+def main():
+    args = parse_args()
+    out = Path(args.out or Path(args.ckpt or args.log[0]).parent / "pictures")
+    if args.log:
+        sheet = curves(args.log)
+        out.mkdir(parents=True, exist_ok=True)
+        sheet.save(out / "curves.png")
+        print(f"wrote {out}/curves.png")
+    if not args.ckpt:
+        return
+
+    net, device = load_checkpoint(args.ckpt), pick_device(args.device)
+    if args.image:
+        classes = net.data.get("classes") or [f"class {c}" for c in range(net.config["num_classes"])]
+        items = ((name, image, None, original) for name, image, original in own_images(args.image, args.size))
+    else:
+        data = open_dataset(args, net)
+        classes = data.classes
+        items = ((str(data.ids[i]), image, label if data.labelled else None, image.shape[1:])
+                 for i in range(min(args.count, len(data))) for image, label in [data[i]])
+    net.to(device, memory_format=torch.channels_last)
+    out.mkdir(parents=True, exist_ok=True)
+    for name, image, label, original in items:
+        prediction, z = look(net, image.to(device))
+        prediction, z = prediction.cpu(), None if z is None else z.cpu()
+        bases = [] if z is None else choose_bases(args.bases, z)
+        picture(image, label, prediction, z, bases, classes).save(out / f"{name}.png")
+        full = F.interpolate(prediction[None, None], tuple(original), mode="nearest-exact")[0, 0]    # (H, W)
+        save_index_png(full.numpy(), out / f"{name}_prediction.png", palette_of(classes))
+        print(f"wrote {out}/{name}.png and {name}_prediction.png", flush=True)
+
+
+if __name__ == "__main__":
+    run(main)
