@@ -421,7 +421,10 @@ def pick_device(name="auto"):
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {name}: torch {torch.__version__} sees no CUDA device; --device cpu works anywhere")
-    return torch.device(name)
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: torch knows no such device; choose auto, cuda, mps or cpu") from None
 
 
 def voc_palette():

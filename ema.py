@@ -142,11 +142,14 @@ def conv_bn_relu(c_in, c_out):
 def save_checkpoint(checkpoint, path):
     """Writes a checkpoint whole or not at all: to a temporary file beside it, to the disk, then renamed."""
     temporary = Path(path).with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_checkpoint(path):
@@ -163,7 +166,10 @@ def read_checkpoint(path):
         raise
     except Exception as error:  # noqa: BLE001 - a torn file makes torch and zipfile raise many kinds
         raise UserError(f"{path}: damaged, or not a checkpoint: {first_line(error)}") from None
-    if not isinstance(checkpoint, dict) or not ({"model", "config"} <= checkpoint.keys() or "net" in checkpoint):
+    parts = checkpoint if isinstance(checkpoint, dict) else {}
+    config = parts.get("config")
+    ours = isinstance(parts.get("model"), dict) and isinstance(config, dict) and {"network", "data"} <= config.keys()
+    if not ours and not isinstance(parts.get("net"), dict):
         raise UserError(f"{path}: not a checkpoint of EMANet (keys model and config, or net for a released one)")
     return checkpoint
 

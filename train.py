@@ -39,12 +39,11 @@ RECIPES = {
     ("voc", "paper"): PAPER,
     ("voc", "released"): PAPER | {"output_stride": 8, "stem": "deep", "weights": "resnet101-2a57e44d.pth",
                                   "decoder": True},
-    # A folder of images is small as a rule: half of VOC's iterations, and BN statistics that follow in time.
-    ("folder", "paper"): PAPER | {"split": "train", "iters": 15000, "bn_momentum": 0.01, "eval_every": 1500},
-    # Scenes are a smoke test for any laptop: a small network from scratch, so a large lr and BN momentum.
+    # A folder of images is small as a rule: half of VOC's iterations.
+    ("folder", "paper"): PAPER | {"split": "train", "iters": 15000, "eval_every": 1500},
+    # Scenes are a smoke test for any laptop: a small network from scratch, so a large lr.
     ("scenes", "paper"): PAPER | {"split": "train", "backbone": "resnet18", "weights": "none", "output_stride": 8,
-                                  "crop": 97, "iters": 300, "lr": 0.05, "bn_momentum": 0.1, "channels": 128,
-                                  "eval_every": 150},
+                                  "crop": 97, "iters": 400, "lr": 0.1, "channels": 128, "eval_every": 200},
 }
 SAVE_EVERY = 1000             # iterations between two last.pth at most, however rare the validations are
 MAY_CHANGE = ("data_root", "workers", "device", "out", "resume", "eval_every", "compile", "init")      # on resuming
@@ -95,6 +94,11 @@ def parse_args():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
     args.out = args.out or f"out/{args.dataset}"
+    for key, least in (("iters", 1), ("batch_size", 1), ("accumulate", 1), ("crop", 1), ("eval_every", 1), ("workers", 0)):
+        if getattr(args, key) < least:
+            raise UserError(f"--{key.replace('_', '-')} {getattr(args, key)}: must be at least {least}")
+    # The recipes' BN momentum is made for long runs: in a short one the statistics must arrive, 2% initial at its end.
+    args.bn_momentum = max(args.bn_momentum, min(0.1, 4 / (args.iters * args.accumulate)))
     return args
 
 
@@ -150,6 +154,8 @@ def prepare_out(args):
     """The output folder, and the checkpoint to go on from or None. An existing run is never overwritten."""
     out = Path(args.out)
     if args.resume and args.resume != "auto":
+        if (out / "last.pth").exists() and Path(args.resume).resolve().parent != out.resolve():
+            raise UserError(f"{out} holds another run than {args.resume}: --out DIR goes on elsewhere")
         return out, read_checkpoint(args.resume)
     if not any((out / name).exists() for name in ("last.pth", "model.pth", "log.jsonl")):
         return out, None
@@ -195,8 +201,8 @@ class Log:
     def __init__(self, path, header, start):
         lines = [json.dumps(header)]
         if start and path.exists():              # going on: what was logged after the checkpoint will be logged again
-            old = path.read_text().splitlines()
-            lines = old[:1] + [line for line in old[1:] if json.loads(line).get("iteration", 0) <= start] + lines
+            old = [line for line in path.read_text().splitlines() if line.endswith("}")]     # not half a line
+            lines = [line for line in old if json.loads(line).get("iteration", 0) <= start] + lines
         path.write_text("\n".join(lines) + "\n")
         self.path = path
 
@@ -220,12 +226,11 @@ def main():
     data = build_dataset(args.dataset, args.data_root, args.split)
     if not data.endless and len(data) < args.batch_size:
         raise UserError(f"{args.dataset} {args.split} has {len(data)} images, less than one batch of {args.batch_size}")
-    try:
+    val_list = Path(args.data_root) / "ImageSets" / "Segmentation" / "val.txt"
+    if args.dataset == "folder" and not val_list.exists():
+        val = say(f"no validation: there is no list {val_list}")
+    else:
         val = build_dataset(args.dataset, args.data_root, "val")
-    except UserError as error:
-        if args.dataset != "folder":
-            raise
-        val = say(f"no validation: {error}")
     checkpoint = None
     if master:
         out, checkpoint = prepare_out(args)
@@ -348,6 +353,10 @@ def main():
                 say(summary(val, result) + note, flush=True)
                 if master:
                     log.write(iteration=done, **{"val_" + key: value for key, value in result.items()}, best=best)
+            if window and world > 1:                   # the losses not logged yet, of all processes
+                pending = torch.stack(window)
+                dist.all_reduce(pending)
+                window = list(pending / world)
             if master:
                 model_state = net.state_dict()
                 if validate:

@@ -139,8 +139,8 @@ def curves(paths):
     series = {key: [] for key in panels}
     for path in paths:
         try:
-            records = [json.loads(line) for line in Path(path).read_text().splitlines()]
-        except (OSError, ValueError) as error:
+            records = [dict(json.loads(line)) for line in Path(path).read_text().splitlines()]
+        except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{path}: cannot be read as a log.jsonl of train.py: {first_line(error)}") from None
         for key in panels:
             points = [(r["iteration"], r[key]) for r in records if key in r]
