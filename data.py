@@ -5,14 +5,18 @@
 
 Everything stays uint8 until it is on the device, where `normalise` makes floats of it.
 """
+import argparse
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
-from torch.utils.data import Dataset
+from PIL import Image, ImageDraw, ImageOps
+from scipy.io import loadmat, whosmat
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets import SBDataset, VOCSegmentation
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.utils import draw_segmentation_masks
 
@@ -20,14 +24,52 @@ from backbone import UserError, first_line
 
 IGNORE = 255                      # label of pixels that count neither in training nor in evaluation
 ILLEGAL = 254                     # in a label table: a value that must not occur
+MAX_PIXELS = 100_000_000          # of one image or label
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)          # ImageNet's, of images in 0..1
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)                   # of the training view (released code's seven steps)
-DATASETS = ("scenes", "voc", "folder")
+DATASETS = ("scenes", "voc", "context", "cocostuff", "cocostuff164k", "coco2voc", "folder")
+
+Image.MAX_IMAGE_PIXELS = None     # MAX_PIXELS takes its place
 
 CLASSES = {  # names in the order of the class indices
     "scenes": "sky, sea, grass, sand, mountain, tree, house, boat, sun",
     "voc": "background, aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, diningtable, dog, horse, "
-           "motorbike, person, pottedplant, sheep, sofa, train, tvmonitor"}
+           "motorbike, person, pottedplant, sheep, sofa, train, tvmonitor",
+    "context": (  # the order of the release's 59_labels.txt
+        "aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, table, dog, horse, motorbike, person, "
+        "pottedplant, sheep, sofa, train, tvmonitor, bag, bed, bench, book, building, cabinet, ceiling, cloth, "
+        "computer, cup, door, fence, floor, flower, food, grass, ground, keyboard, light, mountain, mouse, curtain, "
+        "platform, sign, plate, road, rock, shelves, sidewalk, sky, snow, bedclothes, track, tree, truck, wall, "
+        "water, window, wood"),
+    "cocostuff": (
+        "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop "
+        "sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, "
+        "umbrella, handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball "
+        "glove, skateboard, surfboard, tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, "
+        "apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, "
+        "dining table, toilet, tv, laptop, mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, "
+        "refrigerator, book, clock, vase, scissors, teddy bear, hair drier, toothbrush, banner, blanket, branch, "
+        "bridge, building-other, bush, cabinet, cage, cardboard, carpet, ceiling-other, ceiling-tile, cloth, "
+        "clothes, clouds, counter, cupboard, curtain, desk-stuff, dirt, door-stuff, fence, floor-marble, "
+        "floor-other, floor-stone, floor-tile, floor-wood, flower, fog, food-other, fruit, furniture-other, grass, "
+        "gravel, ground-other, hill, house, leaves, light, mat, metal, mirror-stuff, moss, mountain, mud, napkin, "
+        "net, paper, pavement, pillow, plant-other, plastic, platform, playingfield, railing, railroad, river, "
+        "road, rock, roof, rug, salad, sand, sea, shelf, sky-other, skyscraper, snow, solid-other, stairs, stone, "
+        "straw, structural-other, table, tent, textile-other, towel, tree, vegetable, wall-brick, wall-concrete, "
+        "wall-other, wall-panel, wall-stone, wall-tile, wall-wood, water-other, waterdrops, window-blind, "
+        "window-other, wood")}
+CONTEXT_IDS = (  # of those 59 among the 459 labels of trainval/*.mat; all others are "other"
+    "2 23 25 31 34 45 59 65 72 98 397 113 207 258 284 308 347 368 416 427 9 18 22 33 44 46 68 80 85 104 115 144 158 "
+    "159 162 187 189 220 232 259 260 105 296 355 295 324 326 349 354 360 366 19 415 420 424 440 445 454 458")
+COCO_REMOVED = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91)      # ids 1..182 that no pixel has: 171 are left
+COCO_OF_VOC = (5, 2, 16, 9, 44, 6, 3, 17, 62, 21, 67, 18, 19, 4, 1, 64, 20, 63, 7, 72)    # COCO ids of VOC's 1..20
+OFFICIAL = {  # images per split, as the authors count them
+    "voc": {"train": 1464, "val": 1449, "trainval": 2913, "trainaug": 10582, "test": 1456},
+    "context": {"train": 4998, "val": 5105, "trainval": 10103},
+    "cocostuff": {"train": 9000, "test": 1000, "all": 10000},
+    "cocostuff164k": {"train": 118287, "val": 5000}, "coco2voc": {"train": 118287, "val": 5000},
+    "folder": {"train": None, "val": None}, "scenes": {"train": None, "val": 64}}
+VAL_SPLIT = {"cocostuff": "test"}          # what others call val; elsewhere it is "val"
 
 
 def class_names(name):
@@ -35,16 +77,24 @@ def class_names(name):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Data sets
-def build_dataset(name, root="datasets", split="val"):
+# Data sets: one function each, which says where the files are, and one table: raw label -> class -> ignored
+def build_dataset(name, root="datasets", split=None, context_classes=59):
     """The data set `name` in folder `root`: an object with `name`, `split`, `classes`, `ids`, `labelled`, and items
-    (image uint8 (3, H, W), label uint8 (H, W), all 255 where there are no labels). UserError says what is missing."""
+    (image uint8 (3, H, W), label uint8 (H, W), all 255 where there are no labels). UserError says what is missing.
+
+    split: the name of a list of the data set; by default the one for validation.
+    context_classes: 59, or 60 to learn everything else as a class of its own (PASCAL Context only).
+    """
+    split = split or VAL_SPLIT.get(name, "val")
     if name == "scenes":
         return Scenes(split)
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"no folder {root}: --data-root names the folder that holds the data set (README, Data)")
-    return {"voc": voc, "folder": folder}[name](root, split)
+    if name == "context":
+        return context(root, split, context_classes)
+    return {"voc": voc, "cocostuff": cocostuff, "cocostuff164k": cocostuff164k, "coco2voc": coco2voc,
+            "folder": folder}[name](root, split)
 
 
 class Pairs(Dataset):
@@ -68,7 +118,7 @@ class Pairs(Dataset):
         image = read_image(self.images[i])
         if not self.labelled:
             return image, np.full(image.shape[1:], IGNORE, np.uint8)
-        raw = read_index_png(self.labels[i])
+        raw = read_label(self.labels[i])
         if raw.shape != tuple(image.shape[1:]):
             raise UserError(f"{self.labels[i]}: label is {raw.shape[1]}x{raw.shape[0]}, "
                             f"its image {image.shape[2]}x{image.shape[1]} pixels")
@@ -81,33 +131,118 @@ class Pairs(Dataset):
         label = self.table[raw]
         if (label == ILLEGAL).any():
             values = ", ".join(str(v) for v in np.unique(raw[label == ILLEGAL])[:5])
-            raise UserError(f"{self.labels[i]}: label value {values} is none of the {len(self.classes)} classes "
-                            f"0..{len(self.classes) - 1}, nor {IGNORE} (ignored)")
+            raise UserError(f"{self.labels[i]}: label value {values} does not occur in {self.name}, which has "
+                            f"{len(self.classes)} classes (is it another data set's file, or a converted one?)")
         return label
 
 
+def label_table(classes):
+    """The table raw label -> class as uint8 (65536,), from {raw value: class index or IGNORE}; the rest is ILLEGAL."""
+    table = np.full(65536, ILLEGAL, np.uint8)
+    table[list(classes.keys())] = list(classes.values())
+    return table
+
+
 def voc(root, split):
-    """PASCAL VOC 2012 in VOCdevkit/VOC2012; trainaug from its SegmentationClassAug/ folder."""
-    base = root / "VOCdevkit" / "VOC2012"
-    # VOC's own masks for its own splits, so that validation never depends on somebody's merged copy
-    labels = {"trainaug": "SegmentationClassAug", "test": None}.get(split, "SegmentationClass")
-    return voc_layout("voc", base, split, class_names("voc"), labels)
+    """PASCAL VOC 2012 in VOCdevkit/VOC2012. trainaug: from SBD's .mat files, or from a SegmentationClassAug/ folder."""
+    base = within(root, "VOCdevkit/VOC2012")
+    lists, classes = base / "ImageSets" / "Segmentation", class_names("voc")
+    sbd = next((root / place for place in SBD_PLACES if (root / place / "cls").is_dir()), None)
+    if split == "trainaug" and sbd:
+        # VOC's masks for VOC's ids, SBD's for the others; SBD's own lists hold images of VOC val, which must not leak
+        own, val = read_list(lists / "train.txt"), set(read_list(lists / "val.txt"))
+        more = sorted({*read_list(sbd / "train.txt"), *read_list(sbd / "val.txt")} - set(own) - val)
+        ids = own + more
+        labels = find_files(base / "SegmentationClass", own, (".png",))
+        labels += find_files(sbd / "cls", more, (".mat",))
+    elif split == "trainaug" and not (base / "SegmentationClassAug").is_dir():
+        raise UserError(f"trainaug needs SBD: unpack benchmark.tgz in {root}, or put SegmentationClassAug/ and its "
+                        f"list into {base}; or train on --split train")
+    else:
+        # validation never depends on somebody's merged copy: VOC's own masks for VOC's own splits
+        ids = read_list(lists / f"{split}.txt")
+        masks = base / ("SegmentationClassAug" if split == "trainaug" else "SegmentationClass")
+        labels = find_files(masks, ids, (".png",)) if split != "test" else None
+    images = find_files(base / "JPEGImages", ids, (".jpg",))
+    return Pairs("voc", split, classes, ids, images, labels, label_table({c: c for c in (*range(21), IGNORE)}))
+
+
+SBD_PLACES = ("benchmark_RELEASE/dataset", "VOCaug/dataset", "VOCdevkit/VOCaug/dataset", "sbd", ".")   # torchvision: .
+
+
+def context(root, split, num_classes):
+    """PASCAL Context: labels of 459 classes in trainval/*.mat, of which 59 count; images and lists of VOC 2010."""
+    # The lists are the detection ones of 2010. Their images are among those of 2012 as well.
+    ids = read_list(within(root, "VOCdevkit/VOC2010/ImageSets/Main") / f"{split}.txt")
+    images = find_files(within(root, "VOCdevkit/VOC2010/JPEGImages", "VOCdevkit/VOC2012/JPEGImages"), ids, (".jpg",))
+    mats = within(root, "trainval", "VOCdevkit/trainval", "VOCdevkit/VOC2010/trainval", "context/trainval")
+    first, other = (0, IGNORE) if num_classes == 59 else (1, 0)
+    table = {raw: other for raw in range(460)}
+    table |= {int(raw): c for c, raw in enumerate(CONTEXT_IDS.split(), first)}
+    classes = ["other"] * first + class_names("context")
+    return Pairs("context", split, classes, ids, images, find_files(mats, ids, (".mat",)), label_table(table))
+
+
+def coco_table(shift):
+    """COCO-Stuff's 171 classes: raw = id - shift, ids 1..182 without the removed ones; shift 0: 10K, shift 1: 164K."""
+    kept = [i for i in range(1, 183) if i not in COCO_REMOVED]
+    table = {i - shift: IGNORE for i in COCO_REMOVED} | {i - shift: c for c, i in enumerate(kept)}
+    return table | {0 if shift == 0 else 255: IGNORE}             # unlabelled
+
+
+def cocostuff(root, split):
+    """COCO-Stuff 10K, version 1.1: images/, annotations/*.mat, imageLists/{train,test}.txt."""
+    ids = read_list(within(root, "imageLists") / f"{split}.txt")
+    return Pairs("cocostuff", split, class_names("cocostuff"), ids, find_files(root / "images", ids, (".jpg",)),
+                 find_files(root / "annotations", ids, (".mat",)), label_table(coco_table(0)))
+
+
+def coco164k(name, root, split, classes, table):
+    """The layout of COCO 2017 with stuffthingmaps: images/{train,val}2017/*.jpg, annotations/{train,val}2017/*.png."""
+    if split not in ("train", "val"):
+        raise UserError(f"{name} has no split {split!r}: there are train and val")
+    masks = within(root, f"annotations/{split}2017")
+    ids = sorted(path.stem for path in masks.glob("*.png"))
+    if not ids:
+        raise UserError(f"no .png in {masks}: unpack stuffthingmaps_trainval2017.zip there")
+    return Pairs(name, split, classes, ids, find_files(root / f"images/{split}2017", ids, (".jpg",)),
+                 find_files(masks, ids, (".png",)), label_table(table))
+
+
+def cocostuff164k(root, split):
+    """COCO-Stuff 164K: the label maps hold id - 1, and 255 where nothing is labelled."""
+    return coco164k("cocostuff164k", root, split, class_names("cocostuff"), coco_table(1))
+
+
+def coco2voc(root, split):
+    """COCO 2017 with VOC's classes, everything else background: pre-training for VOC's test server (Sec. 6.2.3)."""
+    table = {raw: 0 for raw in range(182)} | {255: IGNORE} | {i - 1: c for c, i in enumerate(COCO_OF_VOC, 1)}
+    return coco164k("coco2voc", root, split, class_names("voc"), table)
 
 
 def folder(root, split):
     """Your own data in VOC's layout: JPEGImages/, SegmentationClass/, ImageSets/Segmentation/SPLIT.txt, classes.txt."""
-    return voc_layout("folder", root, split, read_list(root / "classes.txt", whole_line=True), "SegmentationClass")
-
-
-def voc_layout(name, base, split, classes, label_folder):
-    ids = read_list(base / "ImageSets" / "Segmentation" / f"{split}.txt")
+    classes = read_list(within(root, "classes.txt"), whole_line=True)
     if len(classes) > ILLEGAL:
-        raise UserError(f"{base / 'classes.txt'}: {len(classes)} classes, at most {ILLEGAL} fit in a label")
-    images = find_files(base / "JPEGImages", ids, (".jpg", ".jpeg", ".png"))
-    labels = label_folder and find_files(base / label_folder, ids, (".png",))
-    table = np.full(256, ILLEGAL, np.uint8)
-    table[:len(classes)], table[IGNORE] = range(len(classes)), IGNORE
-    return Pairs(name, split, classes, ids, images, labels, table)
+        raise UserError(f"{root / 'classes.txt'}: {len(classes)} classes, at most {ILLEGAL} fit in a label")
+    ids = read_list(root / "ImageSets" / "Segmentation" / f"{split}.txt", whole_line=True)      # names may have spaces
+    return Pairs("folder", split, classes, ids, find_files(root / "JPEGImages", ids, (".jpg", ".jpeg", ".png")),
+                 find_files(root / "SegmentationClass", ids, (".png",)),
+                 label_table({c: c for c in (*range(len(classes)), IGNORE)}))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+def within(root, *places):
+    """The first of these places that exists below root. UserError tells where it is instead: archives get unpacked one
+    level too deep, or the wrong level named."""
+    for place in places:
+        if (root / place).exists():
+            return root / place
+    near = [root.resolve().parent, root.resolve().parent.parent, *root.glob("*/"), *root.glob("*/*/")]
+    found = next((p for p in near for place in places if (p / place).exists()), None)
+    remedy = f"it is in {found}: --data-root {found}" if found else "is --data-root right? (README, Data)"
+    raise UserError(f"no {places[0]} in {root}: {remedy}")
 
 
 def read_list(path, whole_line=False):
@@ -117,7 +252,7 @@ def read_list(path, whole_line=False):
         hint = f"; lists there: {', '.join(others)}" if others else ": is --data-root right? (README, Data)"
         raise UserError(f"no list {path}{hint}")
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a text file in UTF-8") from None
     entries = [line if whole_line else line.split()[0] for line in lines if line]
@@ -138,27 +273,69 @@ def find_files(base, ids, suffixes):
     return [str(base / name) for name in names]
 
 
-def read_image(path):
-    """An image file as uint8 (3, H, W). Never turned by EXIF: the labels of data sets are not, either."""
+def read_image(path, turn=False):
+    """An image file as uint8 (3, H, W). turn: as its EXIF data says, which the labels of data sets never are."""
     try:
-        if str(path).lower().endswith((".jpg", ".jpeg")):
-            data = torch.from_numpy(np.fromfile(path, np.uint8))
-            return decode_jpeg(data, mode=ImageReadMode.RGB)               # bit for bit Pillow's result, and faster
-        with Image.open(path) as image:
+        with Image.open(path) as image:                                    # reads the header only
+            check_pixels(path, *image.size)
+            if image.format == "JPEG" and image.mode in ("RGB", "L") and not turn:
+                data = torch.from_numpy(np.fromfile(path, np.uint8))
+                return decode_jpeg(data, mode=ImageReadMode.RGB)           # bit for bit Pillow's result, and faster
+            if turn:
+                image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):                                 # 16 bits of gray: Pillow would cut them off
+                image = Image.fromarray((np.array(image) >> 8).clip(0, 255).astype(np.uint8))
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    except (OSError, RuntimeError, ValueError, SyntaxError) as error:      # torchvision and Pillow, for broken files
+    except UserError:
+        raise
+    except Exception as error:  # noqa: BLE001 - torchvision and Pillow raise many kinds for broken files
         raise UserError(f"{path}: cannot be read as an image: {first_line(error)}") from None
 
 
-def read_index_png(path):
-    """A label file whose pixel values are class indices, uint8 (H, W): a palette PNG, or a gray one of 8 bits."""
+def check_pixels(path, width, height):
+    """UserError for images that would fill the memory; their header is enough to tell."""
+    if width * height > MAX_PIXELS:
+        raise UserError(f"{path}: {width}x{height} pixels, more than the limit of {MAX_PIXELS} (data.MAX_PIXELS)")
+
+
+def read_label(path):
+    """The raw values of a label file, uint8 or uint16 (H, W): an index PNG, or a .mat of SBD, Context or COCO-Stuff."""
     try:
-        with Image.open(path) as image:
-            if image.mode not in ("P", "L"):
-                raise UserError(f"{path}: a label holds class indices (palette or 8-bit gray), this is {image.mode}")
-            return np.array(image)
-    except (OSError, ValueError, SyntaxError) as error:
+        raw = read_mat(path) if str(path).endswith(".mat") else read_index_png(path)
+    except UserError:
+        raise
+    except Exception as error:  # noqa: BLE001 - Pillow and scipy raise many kinds for broken files
         raise UserError(f"{path}: cannot be read as a label: {first_line(error)}") from None
+    if raw.ndim != 2:
+        raise UserError(f"{path}: a label has height and width, this has {raw.ndim} dimensions")
+    if raw.dtype != np.uint8:                    # ids reach 459, and some tools write doubles: never wrap, never round
+        whole = raw.astype(np.uint16)
+        if (whole != raw).any():
+            raise UserError(f"{path}: holds values that are no label numbers")
+        raw = whole
+    return raw
+
+
+def read_index_png(path):
+    with Image.open(path) as image:
+        check_pixels(path, *image.size)
+        if image.mode not in ("P", "L"):
+            raise UserError(f"{path}: a label holds class indices (palette or 8-bit gray), this is {image.mode}")
+        return np.array(image)
+
+
+def read_mat(path):
+    """GTcls.Segmentation (SBD), LabelMap (Context) or S (COCO-Stuff 10K) of a MATLAB 5 file."""
+    shapes = {name: shape for name, shape, _ in whosmat(path)}
+    variable = next((name for name in ("GTcls", "LabelMap", "S") if name in shapes), None)
+    if variable is None:
+        raise UserError(f"{path}: no label in it (none of GTcls, LabelMap, S)")
+    check_pixels(path, *(shapes[variable] * 2)[:2])
+    if variable == "S" and max(shapes.get("names", (182,))) != 182:
+        raise UserError(f"{path}: of COCO-Stuff 10K version 1.0, whose labels are numbered differently: "
+                        "get cocostuff-10k-v1.1.zip")
+    value = loadmat(path, variable_names=[variable])[variable]
+    return np.ascontiguousarray(value[0, 0]["Segmentation"] if variable == "GTcls" else value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -469,3 +646,115 @@ def run(main):
         main()
     except UserError as error:
         sys.exit(f"error: {error}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# python data.py: is this copy of a data set whole?
+class Checked(Dataset):
+    """Reads pairs for the check: item i is (None, counts of label values (256,)), or (the error's text, zeros)."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __getitem__(self, i):
+        try:
+            return None, np.bincount(self.data[i][1].flatten().numpy(), minlength=256)
+        except UserError as error:
+            return str(error), np.zeros(256, np.int64)
+
+
+def check(name, root, context_classes, count, out):
+    """Checks a copy of a data set, prints what it finds, draws a contact sheet; returns the number of faults."""
+    build_dataset(name, root, "train", context_classes)            # nothing there at all: one line is enough
+    print(f"{name} in {root}")
+    faults, sheet = [], None
+    for split, official in OFFICIAL[name].items():
+        try:
+            data = build_dataset(name, root, split, context_classes)
+        except UserError as error:
+            optional = split not in ("train", VAL_SPLIT.get(name, "val")) or (name, split) == ("folder", "val")
+            print(f"  {split:9s} {'not there' if optional else 'FAULT'}: {error}")
+            faults += [] if optional else [str(error)]
+            continue
+        differ = len(data) - official if official else 0
+        print(f"  {split:9s} {len(data)} images"
+              + (f", {abs(differ)} {'more' if differ > 0 else 'fewer'} than the official {official}" if differ else
+                 ", the official number" if official else ""))
+        if not data.labelled:
+            continue
+        wanted = np.sort(np.random.default_rng(0).permutation(len(data))[:count])
+        loader = DataLoader(Checked(data), batch_size=None, sampler=wanted.tolist(), num_workers=2)
+        counts, reported = np.zeros(256, np.int64), time.time()
+        bad = []
+        for done, (error, values) in enumerate(loader, 1):
+            bad += [error] if error else []
+            counts += np.asarray(values)
+            if time.time() - reported > 5:
+                reported = time.time()
+                print(f"            {done}/{len(wanted)} pairs read", flush=True)
+        print(f"            {len(wanted) - len(bad)} of {len(wanted)} pairs read are whole: they decode, sizes agree, "
+              "labels are legal")
+        for line in bad[:10]:
+            print(f"            FAULT: {line}")
+        faults += bad
+        if sheet is None and not bad:
+            sheet = data, counts
+    if sheet:
+        data, counts = sheet
+        total = max(1, counts.sum())
+        print(f"  pixels of the {data.split} pairs read, by class:")
+        for c, label in enumerate([*data.classes, "(ignored)"]):
+            print(f"    {label:20s} {100 * counts[c if c < len(data.classes) else IGNORE] / total:6.2f} %")
+        path = out / f"{name}.png"
+        out.mkdir(parents=True, exist_ok=True)
+        contact_sheet(data).save(path)
+        print(f"  wrote {path}: images with their labels laid over, to look at")
+    return len(faults)
+
+
+def contact_sheet(data, columns=4, rows=4, side=240):
+    """Images of a data set, evenly taken, with their labels laid over, as one PIL image."""
+    sheet = Image.new("RGB", (columns * side, rows * side), "white")
+    palette = palette_of(data.classes)
+    for n, i in enumerate(np.unique(np.linspace(0, len(data) - 1, columns * rows).astype(int))):
+        image, label = data[i]
+        drawn = Image.fromarray(overlay(image, label, palette).permute(1, 2, 0).numpy())
+        drawn.thumbnail((side - 4, side - 4))
+        sheet.paste(drawn, (n % columns * side, n // columns * side))
+    return sheet
+
+
+def download(name, root):
+    """Fetches what torchvision can: VOC 2012 and SBD for voc, VOC 2010's images and lists for context."""
+    if name not in ("voc", "context"):
+        raise UserError(f"{name} cannot be downloaded from here: the links are in the README (Data)")
+    root.mkdir(parents=True, exist_ok=True)
+    try:
+        VOCSegmentation(root, "2012" if name == "voc" else "2010", "train", download=True)
+        if name == "voc" and not (root / "sbd" / "cls").is_dir():   # a second call would fail on what it moved
+            SBDataset(root / "sbd", "train", "segmentation", download=True)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"no download ({first_line(error)}): fetch the archives by hand (README, Data)") from None
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Checks a copy of a data set: layout, counts, files, labels; draws "
+                                     "some of it. Run it first, and paste what it prints into a bug report.")
+    add = parser.add_argument
+    add("--dataset", choices=DATASETS, required=True, help="data set")
+    add("--data-root", type=Path, default=Path("datasets"), help="folder that holds it (default: datasets)")
+    add("--context-classes", type=int, choices=(59, 60), default=59, help="of PASCAL Context (default: 59)")
+    add("--count", type=int, default=100, help="random pairs to read of each list (default: 100)")
+    add("--all", action="store_true", help="read every pair")
+    add("--download", action="store_true", help="fetch it first, through torchvision (voc, context)")
+    add("--out", type=Path, default=Path("out/check"), help="folder for the picture (default: out/check)")
+    args = parser.parse_args()
+    if args.download:
+        download(args.dataset, args.data_root)
+    faults = check(args.dataset, args.data_root, args.context_classes, None if args.all else args.count, args.out)
+    if faults:
+        raise UserError(f"{faults} fault{'s' * (faults > 1)} found in {args.data_root}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -9,7 +9,9 @@ Shapes: H x W pixels of one image, L classes.
 import argparse
 import math
 import os
+import tarfile
 import time
+from datetime import timedelta
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")     # before torch: threads that spin starve the loader's workers
@@ -19,8 +21,9 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 from data import DATASETS, build_dataset, normalise, palette_of, pick_device, run, save_index_png
-from ema import UserError, load_checkpoint
+from ema import EMAU, UserError, base_statistics, load_checkpoint
 
+PATIENCE = 600                                          # seconds after which a process that hangs ends the job
 MS_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)           # of two forks of the released code, which itself has none
 
 
@@ -31,21 +34,34 @@ def predict(net, image, ms_flip=False):
 
     With ms_flip the sum of the logits over MS_SCALES and both mirrorings.
     """
-    size = image.shape[1:]
+    return predict_at(net, image, ms_flip)[0]
+
+
+def predict_at(net, image, ms_flip=False, iterations=(None,)):
+    """As predict, for several numbers T of EM rounds on the same features: a list of logits (L, H, W), one per T."""
+    size, totals = image.shape[1:], [0] * len(iterations)
     image = normalise(image[None])                                             # (1, 3, H, W)
-    total = 0
     for scale in MS_SCALES if ms_flip else (1.0,):
-        h, w = (int(side * scale) for side in size)
+        h, w = (max(1, int(side * scale)) for side in size)
         view = F.interpolate(image, (h, w), mode="bilinear", align_corners=True) if scale != 1 else image
         if ms_flip:
             view = torch.cat([view, view.flip(3)])                             # (2, 3, h, w)  image and its mirror
-        # Padding to 8k + 1 pixels lets align_corners put every feature on a pixel. It takes part in EM, as released.
-        view = F.pad(view, (0, -(w - 1) % 8, 0, -(h - 1) % 8))                 # (1 or 2, 3, 8k+1, 8l+1)
-        logits = net(view)[:, :, :h, :w]                                       # (1 or 2, L, h, w)
-        if scale != 1:
-            logits = F.interpolate(logits, size, mode="bilinear", align_corners=True)      # (1 or 2, L, H, W)
-        total = total + (logits[0] + logits[1].flip(2) if ms_flip else logits[0])          # (L, H, W)
-    return total
+        view = pad(view)                                                       # (1 or 2, 3, 8k+1, 8l+1)
+        features = net.features(view)                                          # (1 or 2, C, k+1, l+1) at stride 8
+        for i, T in enumerate(iterations):
+            if T is not None:
+                net.attention.iterations = T
+            logits = net.head(features, view.shape[2:])[:, :, :h, :w]          # (1 or 2, L, h, w)
+            if scale != 1:
+                logits = F.interpolate(logits, size, mode="bilinear", align_corners=True)  # (1 or 2, L, H, W)
+            totals[i] = totals[i] + (logits[0] + logits[1].flip(2) if ms_flip else logits[0])      # (L, H, W)
+    return totals
+
+
+def pad(images):
+    """Zeros at the right and bottom up to 8k + 1 pixels, so that align_corners puts every feature on a pixel:
+    (B, 3, H, W) -> (B, 3, 8k+1, 8l+1). The padding takes part in EM, as in the released code."""
+    return F.pad(images, (0, -(images.shape[3] - 1) % 8, 0, -(images.shape[2] - 1) % 8))
 
 
 def confusion_matrix(prediction, label, num_classes):
@@ -68,22 +84,25 @@ def scores(confusion):
 
 
 @torch.no_grad()
-def evaluate(net, data, device, ms_flip=False, rank=0, world=1, workers=2, save_png=None, progress=False):
-    """Scores a network on a whole data set: the dict of `scores` and `images`, `seconds`. Leaves `net` in eval mode.
+def evaluate(net, data, device, ms_flip=False, rank=0, world=1, workers=2, save_png=None, progress=False,
+             iterations=(None,)):
+    """Scores a network on a whole data set: a list of one dict, `scores` and `images`, `seconds`; or of one for every
+    number T of EM rounds in `iterations`. Leaves `net` in eval mode.
 
     Of `world` processes each takes every world-th image; the matrices are summed, so each image counts exactly once.
-    save_png: a folder for the predictions as index PNGs of the original size.
+    save_png: a folder for the predictions (at the last T) as index PNGs of the original size.
     """
     net.eval()
-    mine, start = range(rank, len(data), world), time.time()
-    confusion = torch.zeros(len(data.classes), len(data.classes), dtype=torch.int64, device=device)
+    mine, start, L = range(rank, len(data), world), time.time(), len(data.classes)
+    confusion = torch.zeros(len(iterations), L, L, dtype=torch.int64, device=device)
     loader = DataLoader(data, batch_size=None, sampler=mine, num_workers=min(workers, len(mine)),
                         pin_memory=device.type == "cuda")
     reported = start
     for done, (i, (image, label)) in enumerate(zip(mine, loader, strict=True), 1):
         image, label = image.to(device, non_blocking=True), label.to(device, non_blocking=True)
-        prediction = predict(net, image, ms_flip).max(0)[1]                    # (H, W)  max is faster than argmax
-        confusion += confusion_matrix(prediction, label, len(data.classes))
+        for matrix, logits in zip(confusion, predict_at(net, image, ms_flip, iterations), strict=True):
+            prediction = logits.max(0)[1]                                      # (H, W)  max is faster than argmax
+            matrix += confusion_matrix(prediction, label, L)
         if save_png:
             save_index_png(prediction.cpu().numpy(), Path(save_png) / f"{data.ids[i]}.png", palette_of(data.classes))
         if progress and time.time() - reported > 5:
@@ -96,7 +115,30 @@ def evaluate(net, data, device, ms_flip=False, rank=0, world=1, workers=2, save_
         dist.all_reduce(confusion)
         dist.all_reduce(seen)
     assert seen == len(data), f"{seen} images evaluated, {len(data)} in the data set"
-    return {**scores(confusion), "images": len(data), "seconds": time.time() - start}
+    return [{**scores(matrix), "images": len(data), "seconds": time.time() - start} for matrix in confusion]
+
+
+@torch.no_grad()
+def look_at_bases(net, data, device, count=16):
+    """What the bases do on the first `count` images (Sec. 6.5 in numbers): ema.base_statistics, averaged. {} if there
+    are none."""
+    if not isinstance(net.attention, EMAU):
+        return {}
+    net.eval()
+    each = []
+    for i in range(min(count, len(data))):
+        features = net.features(pad(normalise(data[i][0][None].to(device))))   # (1, C, h, w)
+        each.append(base_statistics(net.attention, net.attention.pixels(features)))
+    return {key: sum(e[key] for e in each) / len(each) for key in each[0]}
+
+
+def bases_line(bases, num_bases):
+    """The numbers of look_at_bases in a line, with a warning where the attention does nothing."""
+    line = (f"bases | |x| {bases['length']:.1f} | perplexity of z {bases['perplexity']:.1f} of {num_bases} | "
+            f"{bases['used']:.0f} in use | cosine {bases['cosine']:.2f} | effective rank {bases['rank']:.1f}")
+    if bases["rank"] < 3 or bases["perplexity"] > 0.75 * num_bases:
+        line += "\nwarning: the attention is nearly dead: all pixels get about the same mixture of bases (try --lam 4)"
+    return line
 
 
 def summary(data, result, ms_flip=False):
@@ -104,6 +146,22 @@ def summary(data, result, ms_flip=False):
     return (f"eval {data.name} {data.split} {'ms-flip' if ms_flip else 'ss'} | mIoU {100 * result['miou']:.2f} | "
             f"pixAcc {100 * result['pixacc']:.2f} | mAcc {100 * result['macc']:.2f} | {result['images']} images | "
             f"{result['seconds']:.0f} s")
+
+
+def context_note(num_classes, miou):
+    """Which of the figures in use for PASCAL Context this is."""
+    if num_classes == 60:
+        return "  60 classes: everything else is learned and scored as a class of its own"
+    return (f"  59 classes, everything else ignored. EncNet and its followers print mIoU x 59/60, here "
+            f"{100 * miou * 59 / 60:.2f}, as '60 classes'; the paper does not say which of these its 53.1 is")
+
+
+def pack_submission(data, folder, path):
+    """The predictions as VOC's test server wants them. comp6: trained on more than VOC's own segmentation data."""
+    with tarfile.open(path, "w:gz") as archive:
+        for name in data.ids:
+            archive.add(Path(folder) / f"{name}.png", f"results/VOC2012/Segmentation/comp6_test_cls/{name}.png")
+    print(f"wrote {path}: {len(data)} predictions, to upload at http://host.robots.ox.ac.uk:8080")
 
 
 def duration(seconds):
@@ -121,20 +179,25 @@ def init_distributed(device_name):
     if device.type == "cuda":
         device = torch.device("cuda", local % torch.cuda.device_count())
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=PATIENCE))
     return rank, world, device
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", required=True, help="checkpoint: model.pth of train.py, or a released one")
+    parser.add_argument("--ckpt", required=True, nargs="+", help="model.pth of train.py, or a released checkpoint; "
+                        "several are compared")
     parser.add_argument("--dataset", choices=DATASETS, help="data set (default: the one the checkpoint was trained on)")
     parser.add_argument("--data-root", default="datasets", help="folder that holds the data set (default: datasets)")
-    parser.add_argument("--split", default="val", help="list of images to evaluate (default: val)")
+    parser.add_argument("--split", help="list of images to evaluate (default: the data set's for validation)")
     parser.add_argument("--ms-flip", action="store_true", help="six scales and their mirror images (paper: MS + Flip)")
     parser.add_argument("--output-stride", type=int, help="8, 16 or 32 (default: the checkpoint's, 8 in the paper)")
+    parser.add_argument("--em-iterations", type=int, nargs="+", metavar="T", help="evaluate with these numbers of EM "
+                        "rounds, in one pass over the images (default: the checkpoint's)")
+    parser.add_argument("--bases", action="store_true", help="say what the bases do: their use, spread and rank")
     parser.add_argument("--save-png", metavar="DIR", help="write the predictions there as index PNGs, original size")
+    parser.add_argument("--submission", metavar="FILE", help="write the predictions as a .tar.gz for VOC's test server")
     parser.add_argument("--workers", type=int, default=2, help="processes that decode ahead (default: 2)")
     parser.add_argument("--device", default="auto", help="auto (cuda, then mps, then cpu) or a torch device")
     return parser.parse_args()
@@ -144,33 +207,65 @@ def open_dataset(args, net):
     """The data set of the command line, or else of the checkpoint; UserError where the two do not fit together."""
     name = args.dataset or net.data.get("dataset")
     if name is None:
-        raise UserError(f"{args.ckpt} does not say what it was trained on: add --dataset, e.g. --dataset voc")
-    data = build_dataset(name, args.data_root, args.split)
+        raise UserError("the checkpoint does not say what it was trained on: add --dataset, e.g. --dataset voc")
+    data = build_dataset(name, args.data_root, args.split, 60 if net.config["num_classes"] == 60 else 59)
     if len(data.classes) != net.config["num_classes"]:
-        raise UserError(f"{args.ckpt} has {net.config['num_classes']} classes, {name} has {len(data.classes)}: "
+        raise UserError(f"the checkpoint has {net.config['num_classes']} classes, {name} has {len(data.classes)}: "
                         "they cannot be compared")
     return data
 
 
-def main():
-    args = parse_args()
-    net = load_checkpoint(args.ckpt)
+def open_network(path, args):
+    """The network of a checkpoint, as the command line wants it."""
+    net = load_checkpoint(path)
     if args.output_stride:
         net.set_output_stride(args.output_stride)
-    data = open_dataset(args, net)
+    if args.em_iterations and not isinstance(net.attention, EMAU):
+        raise UserError(f"--em-iterations: {path} has attention {net.config['attention']}, which has no EM rounds")
+    if args.em_iterations and min(args.em_iterations) < 1:
+        raise UserError(f"--em-iterations {min(args.em_iterations)}: at least one round is needed")
+    return net
+
+
+def main():
+    args = parse_args()
+    nets = [open_network(path, args) for path in args.ckpt]
+    data = [open_dataset(args, net) for net in nets][-1]          # opened for each: every class count has to fit
+    if args.submission:
+        if data.name != "voc" or not args.submission.endswith((".tar.gz", ".tgz")):
+            raise UserError(f"--submission {args.submission}: it is for VOC's server, which takes a .tar.gz")
+        args.save_png = args.save_png or f"{args.submission}.png"
     if not (data.labelled or args.save_png):
         raise UserError(f"{data.name} {data.split} has no labels to score by: --save-png DIR writes the predictions")
     if args.save_png:
+        if len(nets) > 1:
+            raise UserError("--save-png and --submission take the predictions of one checkpoint, not of several")
         Path(args.save_png).mkdir(parents=True, exist_ok=True)
     rank, world, device = init_distributed(args.device)
-    net.to(device, memory_format=torch.channels_last)
-    if rank == 0:
-        print(f"{args.ckpt} | {net.config['backbone']}, output stride {net.config['output_stride']} | {data.name} "
-              f"{data.split}, {len(data)} images | {world} x {device}, torch {torch.__version__}", flush=True)
-    result = evaluate(net, data, device, args.ms_flip, rank, world, args.workers, args.save_png, progress=rank == 0)
+    say = print if rank == 0 else lambda *a, **k: None
+    table = []
+    for path, net in zip(args.ckpt, nets, strict=True):
+        net.to(device, memory_format=torch.channels_last)
+        say(f"{path} | {net.config['backbone']}, output stride {net.config['output_stride']} | {data.name} "
+            f"{data.split}, {len(data)} images | {world} x {device}, torch {torch.__version__}", flush=True)
+        results = evaluate(net, data, device, args.ms_flip, rank, world, args.workers, args.save_png, rank == 0,
+                           args.em_iterations or (None,))
+        table.append((path, net.config["em_iterations"], [result["miou"] for result in results]))
+        if args.bases and rank == 0 and (bases := look_at_bases(net, data, device)):
+            print(bases_line(bases, net.config["num_bases"]))
+        net.cpu()
+    result = results[-1]
+    if rank == 0 and args.submission:
+        pack_submission(data, args.save_png, args.submission)
     if rank == 0 and data.labelled:
         for name, iou in zip(data.classes, result["iou"], strict=True):
             print(f"  {name:20s} " + ("     -  (does not occur)" if math.isnan(iou) else f"{100 * iou:6.2f}"))
+        if args.em_iterations or len(nets) > 1:                                # Fig. 4: T in training x in evaluation
+            print("  mIoU at T = " + "".join(f"{T or 'own':>8}" for T in args.em_iterations or [None]))
+            for path, T, mious in table:
+                print(f"  trained at T = {T:<2d}" + "".join(f"{100 * m:8.2f}" for m in mious)[4:] + f"   {path}")
+        if data.name == "context":
+            print(context_note(len(data.classes), result["miou"]))
         print(summary(data, result, args.ms_flip))
     elif rank == 0:
         print(f"wrote {len(data)} predictions to {args.save_png} (no labels to score them by)")

@@ -1041,7 +1041,7 @@ def scores_of(root, split):
     torch.manual_seed(0)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     dataset = build_dataset("folder", root, split)
-    result = evaluate.evaluate(small_net(), dataset, torch.device("cpu"), rank=rank, world=world, workers=0)
+    result, = evaluate.evaluate(small_net(), dataset, torch.device("cpu"), rank=rank, world=world, workers=0)
     return {key: value for key, value in result.items() if key != "seconds"}
 
 
@@ -1116,7 +1116,7 @@ def test_torchrun_trains(folder_root, tmp_path):
 
 def test_folder_from_training_to_evaluation(run_folder, folder_root, tmp_path):
     """Your own folder: evaluate.py repeats the validation of train.py; the log has every iteration once."""
-    assert sorted(path.name for path in run_folder.iterdir()) == ["last.pth", "log.jsonl", "model.pth"]
+    assert sorted(path.name for path in run_folder.iterdir()) == ["last.before.pth", "last.pth", "log.jsonl", "model.pth"]
     assert list(log_of(run_folder, "loss")) == [1, 2, 3, 4, 5, 6] and list(log_of(run_folder, "val_miou")) == [4, 6]
     checkpoint = torch.load(run_folder / "model.pth", weights_only=True)
     assert checkpoint["config"]["data"] == {"dataset": "folder", "classes": CLASSES}
@@ -1200,7 +1200,7 @@ def test_pictures_of_a_data_set(run_folder, folder_root, tmp_path):
     succeed(tmp_path, f"evaluate.py --ckpt {run_folder}/model.pth --data-root {folder_root} --save-png png --workers 0")
     names = ["val_000000", "val_000001"]
     assert {path.name for path in (tmp_path / "pictures").iterdir()} == {
-        f"{name}{end}.png" for name in names for end in ("", "_prediction")}
+        "bases.png", *(f"{name}{end}.png" for name in names for end in ("", "_prediction"))}
     for name in names:
         assert f"wrote pictures/{name}.png" in out and Image.open(tmp_path / f"pictures/{name}.png").mode == "RGB"
         drawn, scored = (Image.open(tmp_path / path) for path in (f"pictures/{name}_prediction.png", f"png/{name}.png"))
@@ -1302,19 +1302,19 @@ def test_existing_run_is_never_overwritten(run_folder, folder_root, tmp_path):
     command = f"{TRAIN} --data-root {folder_root}"
     fail(tmp_path, command, "out/folder", "--resume auto", "--out")
     fail(tmp_path, f"{command} --resume {run_folder}/last.pth", "out/folder", "--out")     # another run's checkpoint
-    assert sorted(path.name for path in out.iterdir()) == ["last.pth", "log.jsonl", "model.pth"]
+    assert sorted(path.name for path in out.iterdir()) == ["last.before.pth", "last.pth", "log.jsonl", "model.pth"]
     assert all(path.read_bytes() == (run_folder / path.name).read_bytes() for path in out.iterdir())
 
 
 def test_scenes_move_the_earlier_run_aside(tmp_path, capsys):
     """Scenes alone, so that the first command can be typed twice: the earlier run keeps its files under a new name."""
     for number in (1, 2):
-        (tmp_path / "scenes").mkdir()
+        (tmp_path / "scenes").mkdir(exist_ok=True)
         (tmp_path / "scenes" / "model.pth").write_text(f"run {number}")
         args = type("Args", (), {"dataset": "scenes", "out": str(tmp_path / "scenes"), "resume": None})
-        assert train.prepare_out(args) == (tmp_path / "scenes", None)
+        train.prepare_out(args)
         assert (tmp_path / f"scenes-{number}" / "model.pth").read_text() == f"run {number}"
-        assert f"scenes-{number}" in capsys.readouterr().out and not (tmp_path / "scenes").exists()
+        assert f"scenes-{number}" in capsys.readouterr().out and not (tmp_path / "scenes" / "model.pth").exists()
 
 
 def keep_states(folder):
@@ -1324,6 +1324,7 @@ def keep_states(folder):
     def share_and_keep(net):
         before = {key: value.clone() for key, value in net.state_dict().items()}
         share(net)
+        train.share_buffers = share                            # the first time only: later they are equal already
         torch.save((before, net.state_dict()), folder / f"state{dist.get_rank()}.pt")
     train.share_buffers = share_and_keep
 
@@ -1475,9 +1476,10 @@ def test_bad_checkpoints(kind, run_folder, tmp_path):
 
 
 def test_damaged_last_checkpoint_is_not_resumed(run_folder, folder_root, tmp_path):
-    """--resume auto from a torn last.pth stops; it does not start again from nothing."""
+    """--resume auto from a torn last.pth, and none before it, stops; it does not start again from nothing."""
     shutil.copytree(run_folder, tmp_path / "out/folder")
     write_bad_checkpoint("truncated", run_folder / "last.pth", tmp_path / "out/folder/last.pth")
+    (tmp_path / "out/folder/last.before.pth").unlink()
     fail(tmp_path, f"{TRAIN} --data-root {folder_root} --resume auto", "last.pth", "damaged")
 
 

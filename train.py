@@ -12,6 +12,9 @@ import argparse
 import json
 import os
 import platform
+import re
+import signal
+import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -26,10 +29,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from backbone import RESNETS
+from backbone import RESNETS, first_line
 from data import DATASETS, IGNORE, Schedule, TrainView, build_dataset, normalise, run
 from ema import EMANet, UserError, load_checkpoint, read_checkpoint, save_checkpoint
-from evaluate import duration, evaluate, init_distributed, summary
+from evaluate import PATIENCE, bases_line, duration, evaluate, init_distributed, look_at_bases, summary
 
 # The recipes. "paper": the paper's own settings (Sec. 6.1); "released": those of the released code where it differs.
 PAPER = {"split": "trainaug", "backbone": "resnet101", "stem": "7x7", "weights": "imagenet", "output_stride": 16,
@@ -39,6 +42,12 @@ RECIPES = {
     ("voc", "paper"): PAPER,
     ("voc", "released"): PAPER | {"output_stride": 8, "stem": "deep", "weights": "resnet101-2a57e44d.pth",
                                   "decoder": True},
+    ("context", "paper"): PAPER | {"split": "train", "iters": 15000, "eval_every": 1500},
+    ("cocostuff", "paper"): PAPER | {"split": "train", "output_stride": 8},
+    # The paper has no figure for the 164K release; twelve times the images get the iterations others give them.
+    ("cocostuff164k", "paper"): PAPER | {"split": "train", "output_stride": 8, "iters": 80000, "eval_every": 8000},
+    # First of three stages for VOC's test server; the next ones are --dataset voc --init (README, Train).
+    ("coco2voc", "paper"): PAPER | {"split": "train", "iters": 150000, "eval_every": 15000},
     # A folder of images is small as a rule: half of VOC's iterations.
     ("folder", "paper"): PAPER | {"split": "train", "iters": 15000, "eval_every": 1500},
     # Scenes are a smoke test for any laptop: a small network from scratch, so a large lr.
@@ -46,7 +55,7 @@ RECIPES = {
                                   "crop": 97, "iters": 400, "lr": 0.1, "channels": 128, "eval_every": 200},
 }
 SAVE_EVERY = 1000             # iterations between two last.pth at most, however rare the validations are
-MAY_CHANGE = ("data_root", "workers", "device", "out", "resume", "eval_every", "compile", "init")      # on resuming
+MAY_CHANGE = ("data_root", "workers", "device", "out", "resume", "eval_every", "compile")              # on resuming
 
 
 def parse_args():
@@ -54,8 +63,10 @@ def parse_args():
                                      epilog=recipe_table(), argument_default=None)
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=DATASETS, default="scenes", help="data set (default: scenes, which needs no files)")
-    add("--data-root", default="datasets", help="folder that holds VOCdevkit/ or JPEGImages/ (default: datasets)")
+    add("--data-root", default="datasets", help="folder that holds the data set, see README (default: datasets)")
     add("--split", help="list of images to train on *")
+    add("--context-classes", type=int, choices=(59, 60), default=59,
+        help="PASCAL Context: ignore what is none of 59 classes, or learn it as one more (default: 59)")
     add("--crop", type=int, metavar="PIXELS", help="side of the square training crops *")
     add("--workers", type=int, default=2, help="processes per GPU that decode images ahead (default: 2)")
     add = parser.add_argument_group("network").add_argument
@@ -67,11 +78,17 @@ def parse_args():
     add("--channels", type=int, help="channels of the attention, 512 or 256 in the paper *")
     add("--decoder", action=argparse.BooleanOptionalAction, help="the released code's 3x3 before the classifier *")
     add = parser.add_argument_group("attention").add_argument
-    add("--attention", choices=("emau", "none"), default="emau", help="none leaves the unit out (default: emau)")
+    add("--attention", choices=("emau", "nonlocal", "a2", "none"), default="emau",
+        help="the unit, one of its relatives of Sec. 5.4, or nothing (default: emau)")
     add("--num-bases", type=int, default=64, help="K (default: 64)")
     add("--em-iterations", type=int, default=3, help="T (default: 3)")
     add("--lam", type=float, default=1.0, help="lambda of Eq. 12, the inverse temperature (default: 1)")
     add("--alpha", type=float, default=0.9, help="momentum of the bases, Eq. 15 (default: 0.9)")
+    add("--base-update", choices=("average", "backprop", "fixed"), default="average",
+        help="how the initial bases are kept, Sec. 5.2 (default: average)")
+    add("--base-norm", choices=("l2", "layer", "none"), default="l2", help="of the bases, Sec. 5.3 (default: l2)")
+    add("--gradient", choices=("none", "last", "full"), default="none",
+        help="through the EM rounds: none as in the released code, the last E-step's, or all (default: none)")
     add = parser.add_argument_group("optimisation").add_argument
     add("--recipe", choices=("paper", "released"), default="paper", help="which defaults to take (default: paper)")
     add("--batch-size", type=int, help="crops per iteration, over all processes together *")
@@ -94,7 +111,7 @@ def parse_args():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
     args.out = args.out or f"out/{args.dataset}"
-    for key, least in (("iters", 1), ("batch_size", 1), ("accumulate", 1), ("crop", 1), ("eval_every", 1), ("workers", 0)):
+    for key, least in {"iters": 1, "batch_size": 1, "accumulate": 1, "crop": 1, "eval_every": 1, "workers": 0}.items():
         if getattr(args, key) < least:
             raise UserError(f"--{key.replace('_', '-')} {getattr(args, key)}: must be at least {least}")
     # The recipes' BN momentum is made for long runs: in a short one the statistics must arrive, 2% initial at its end.
@@ -151,33 +168,53 @@ def share_buffers(net):
 # ---------------------------------------------------------------------------------------------------------------------
 # Starting and going on
 def prepare_out(args):
-    """The output folder, and the checkpoint to go on from or None. An existing run is never overwritten."""
+    """Makes the output folder, without ever overwriting a run."""
     out = Path(args.out)
-    if args.resume and args.resume != "auto":
-        if (out / "last.pth").exists() and Path(args.resume).resolve().parent != out.resolve():
-            raise UserError(f"{out} holds another run than {args.resume}: --out DIR goes on elsewhere")
-        return out, read_checkpoint(args.resume)
-    if not any((out / name).exists() for name in ("last.pth", "model.pth", "log.jsonl")):
-        return out, None
-    if args.resume == "auto":
-        return out, read_checkpoint(out / "last.pth") if (out / "last.pth").exists() else None
-    if args.dataset != "scenes":
-        raise UserError(f"{out} holds a run already: --resume auto goes on with it, --out DIR starts another one")
-    number = next(n for n in range(1, 10**6) if not Path(f"{out}-{n}").exists())
-    out.rename(f"{out}-{number}")
-    print(f"moved the earlier run from {out} to {out}-{number}")
-    return out, None
+    if args.resume not in (None, "auto") and (out / "last.pth").exists() \
+            and Path(args.resume).resolve().parent != out.resolve():
+        raise UserError(f"{out} holds another run than {args.resume}: --out DIR goes on elsewhere")
+    if any((out / name).exists() for name in ("last.pth", "model.pth", "log.jsonl")) and not args.resume:
+        if args.dataset != "scenes":
+            raise UserError(f"{out} holds a run already: --resume auto goes on with it, --out DIR starts another one")
+        number = next(n for n in range(1, 10**6) if not Path(f"{out}-{n}").exists())
+        out.rename(f"{out}-{number}")
+        print(f"moved the earlier run from {out} to {out}-{number}")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "log.jsonl").open("a").close()                # found out now, not after the first thousand iterations
+    except OSError as error:
+        raise UserError(f"cannot write into {out}: {first_line(error)}; choose another --out") from None
 
 
-def check_resumable(args, checkpoint):
-    """UserError unless the checkpoint can go on under these settings as the experiment it is."""
+def find_checkpoint(args):
+    """The checkpoint to go on from, or None: the file named, or the newest whole one in --out."""
+    if args.resume != "auto":
+        return read_checkpoint(args.resume) if args.resume else None
+    damage = []
+    for name in ("last.pth", "last.before.pth"):
+        if (Path(args.out) / name).exists():
+            try:
+                return read_checkpoint(Path(args.out) / name)
+            except UserError as error:
+                damage.append(error)
+                print(f"warning: {error}; trying the one before it")
+    if damage:
+        raise damage[0]
+    return None
+
+
+def check_resumable(args, checkpoint, say):
+    """UserError unless the checkpoint can go on under these settings as the experiment it is; tells what changed."""
     if "optimizer" not in checkpoint:
         raise UserError(f"{args.resume}: a network, not a run: --resume takes a last.pth, --init starts from a network")
     before = checkpoint["config"]["training"]
     for key, value in vars(args).items():
-        if key not in MAY_CHANGE and before.get(key) != value:
-            raise UserError(f"the run was started with --{key.replace('_', '-')} {before.get(key)}, not {value}: go on "
-                            "with the same settings, or start another run with --out DIR (and --init model.pth)")
+        flag = f"--{key.replace('_', '-')}"
+        if before.get(key) != value and key not in MAY_CHANGE:
+            raise UserError(f"the run was started with {flag} {before.get(key)}, not {value}: go on with the same "
+                            "settings, or start another run with --out DIR (and --init model.pth)")
+        if before.get(key) != value and key not in ("out", "resume"):
+            say(f"changed  {flag} from {before.get(key)} to {value}")
 
 
 def load_init(net, path):
@@ -196,57 +233,98 @@ def load_init(net, path):
 
 
 class Log:
-    """log.jsonl: one JSON object per line; the first line says what the run is, the others carry an iteration."""
+    """log.jsonl: one JSON object per line; a line without an iteration says what the run is, at every start of it."""
 
     def __init__(self, path, header, start):
-        lines = [json.dumps(header)]
-        if start and path.exists():              # going on: what was logged after the checkpoint will be logged again
-            old = [line for line in path.read_text().splitlines() if line.endswith("}")]     # not half a line
-            lines = [line for line in old if json.loads(line).get("iteration", 0) <= start] + lines
-        path.write_text("\n".join(lines) + "\n")
-        self.path = path
+        self.path, lines = path, []
+        for line in path.read_text(errors="replace").splitlines() if start else ():
+            try:
+                iteration = json.loads(line).get("iteration", 0)
+            except ValueError:
+                break                                        # torn by the end of the earlier process
+            if iteration <= start:                           # what came after the checkpoint will be logged again
+                lines.append(line)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in [*lines, json.dumps(header)]))
+        os.replace(temporary, path)
 
     def write(self, **record):
-        with open(self.path, "a") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {first_line(error)}; --resume auto goes on") from None
+
+
+class Stop:
+    """Ctrl-C and SIGTERM: ask for an end after the step, the same in all processes. A second Ctrl-C leaves at once."""
+
+    def __init__(self, world):
+        self.signal, self.since = 0, 0.0
+        # Of its own and on the CPU, so that asking every step does not wait for the GPU.
+        self.group = dist.new_group(backend="gloo") if world > 1 else None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.ask)
+
+    def ask(self, number, frame):
+        # One Ctrl-C under torchrun arrives twice, from the terminal and from torchrun, but within a moment.
+        if self.signal and number == signal.SIGINT and time.time() - self.since > 1:
+            os._exit(128 + number)
+        if not self.signal:
+            self.signal, self.since = number, time.time()
+
+    def everywhere(self):
+        """The signal's number if any process was asked, else 0."""
+        if self.group is None:
+            return self.signal
+        asked = torch.tensor(self.signal)
+        dist.all_reduce(asked, dist.ReduceOp.MAX, group=self.group)
+        return asked.item()
+
+
+def set_worker_apart(worker_id):
+    """A data-loader worker leaves the group that a terminal's Ctrl-C and torchrun's SIGTERM reach as a whole: the
+    process that reads from it finishes its step, and ends it then."""
+    os.setpgrp()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-def main():
-    args = parse_args()
+def train(args):
     rank, world, device = init_distributed(args.device)
     master, out = rank == 0, Path(args.out)
     say = print if master else lambda *a, **k: None
+    stop = Stop(world)
     torch.manual_seed(args.seed)
 
     # data
     if args.batch_size % (world * args.accumulate):
         raise UserError(f"--batch-size {args.batch_size} cannot be shared by {world} processes x --accumulate "
                         f"{args.accumulate}")
-    data = build_dataset(args.dataset, args.data_root, args.split)
+    data = build_dataset(args.dataset, args.data_root, args.split, args.context_classes)
     if not data.endless and len(data) < args.batch_size:
         raise UserError(f"{args.dataset} {args.split} has {len(data)} images, less than one batch of {args.batch_size}")
     val_list = Path(args.data_root) / "ImageSets" / "Segmentation" / "val.txt"
     if args.dataset == "folder" and not val_list.exists():
         val = say(f"no validation: there is no list {val_list}")
     else:
-        val = build_dataset(args.dataset, args.data_root, "val")
-    checkpoint = None
+        val = build_dataset(args.dataset, args.data_root, context_classes=args.context_classes)
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and not args.resume:
+        args.resume = "auto"                                 # torchrun --max-restarts brings a broken job back
     if master:
-        out, checkpoint = prepare_out(args)
-        out.mkdir(parents=True, exist_ok=True)
+        prepare_out(args)
     if world > 1:
         dist.barrier()
-    if args.resume and not master:
-        _, checkpoint = prepare_out(args)
+    checkpoint = find_checkpoint(args)
     if checkpoint:
-        check_resumable(args, checkpoint)
+        check_resumable(args, checkpoint, say)
 
     # network. Only rank 0 needs weights: DistributedDataParallel hands its to all.
     weights = "none" if checkpoint or args.init or not master else args.weights
     net = EMANet(len(data.classes), args.backbone, args.stem, weights, args.output_stride, args.channels,
-                 args.attention, args.num_bases, args.em_iterations, args.lam, args.alpha, args.decoder,
-                 args.bn_momentum)
+                 args.attention, args.num_bases, args.em_iterations, args.lam, args.alpha, args.base_update,
+                 args.base_norm, args.gradient, args.decoder, args.bn_momentum)
     if checkpoint:
         net.load_state_dict(checkpoint["model"])
     elif args.init:
@@ -260,7 +338,7 @@ def main():
     if world > 1:
         model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
     optimizer = build_optimizer(net, args.lr)
-    start, best, window = 0, 0.0, []
+    start, best, window = 0, 0.0, []                             # window: the losses since the last log line
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
         start, best, window = checkpoint["iteration"], checkpoint["best"], list(checkpoint["window"].to(device))
@@ -271,7 +349,8 @@ def main():
         f"pixels ({world} processes x {local} x {args.accumulate} parts), lr {args.lr} poly 0.9, seed {args.seed}")
     say(f"network  {args.backbone}, {args.stem} stem, output stride {args.output_stride} (validation: "
         f"{args.eval_output_stride}), {args.channels} channels, attention {args.attention} K={args.num_bases} "
-        f"T={args.em_iterations} lambda={args.lam:g} alpha={args.alpha:g}{', decoder' * args.decoder}")
+        f"T={args.em_iterations} lambda={args.lam:g} alpha={args.alpha:g} bases {args.base_update}, norm "
+        f"{args.base_norm}, gradient {args.gradient}{', decoder' * args.decoder}")
     say(f"weights  {args.init or ('the checkpoint' if checkpoint else net.backbone.weights_origin)}")
     say(f"data     {data.name} {data.split}: {'endless' if data.endless else len(data)} images, "
         f"{len(data.classes)} classes; validation: {len(val) if val else 'none'}")
@@ -284,27 +363,69 @@ def main():
     if args.accumulate > 1:
         say(f"note     bases and BN see micro-batches of {local * world} crops, not the batch of {args.batch_size}")
     if checkpoint:
-        say(f"going on at iteration {start}", flush=True)
+        say(f"going on at iteration {start}" + (f", with {world} processes, not {checkpoint['world']}: BN's statistics "
+            "and rounding will differ" if checkpoint["world"] != world else ""), flush=True)
     config = {"network": net.config | {"output_stride": args.eval_output_stride},
               "data": {"dataset": data.name, "classes": list(data.classes)}, "training": vars(args)}
     log = Log(out / "log.jsonl", {"args": vars(args), "torch": torch.__version__, "device": device_name(device),
                                   "world": world}, start) if master else None
 
+    def losses():
+        """The losses of the window, averaged over the processes. A loss that is not finite ends the run, everywhere."""
+        values = torch.stack(window) if window else torch.zeros(0, device=device)
+        if world > 1:
+            dist.all_reduce(values)
+            values /= world
+        if not values.isfinite().all():
+            bad = done - len(window) + int(values.isfinite().logical_not().nonzero()[0])
+            raise UserError(f"the loss of iteration {bad + 1} is not finite (images {image_ids(data, schedule, bad)}): "
+                            f"lower --lr or look at these images; {out}/last.pth is from before, --resume auto repeats")
+        return values
+
+    def save(validated):
+        """last.pth: everything to go on. A run that is killed while validating must validate when it goes on."""
+        nonlocal window
+        window = list(losses())                              # as they are loaded again: averages over the processes
+        share_buffers(net)
+        if master:
+            save_checkpoint({"model": net.state_dict(), "config": config, "optimizer": optimizer.state_dict(),
+                             "iteration": done, "best": best, "validated": validated, "world": world,
+                             "window": torch.stack(window) if window else torch.zeros(0)}, out / "last.pth", keep=True)
+
+    def validate():
+        nonlocal best
+        if val:
+            net.set_output_stride(args.eval_output_stride)
+            result, = evaluate(net, val, device, rank=rank, world=world, workers=args.workers)
+            bases = look_at_bases(net, val, device) if master else {}
+            net.set_output_stride(args.output_stride)
+            best = max(best, result["miou"])
+            initial = (1 - args.bn_momentum) ** (done * args.accumulate)
+            note = f" | BN statistics are {100 * initial:.0f}% initial" if initial > 0.03 else ""
+            say(summary(val, result) + note, flush=True)
+            if bases:
+                say(bases_line(bases, args.num_bases), flush=True)
+            if master:
+                log.write(iteration=done, best=best, **{"val_" + key: value for key, value in result.items()},
+                          **{"bases_" + key: value for key, value in bases.items()})
+        if master:
+            save_checkpoint({"model": net.state_dict(), "config": config}, out / "model.pth")
+        save(validated=True)
+
     # loop
     schedule = Schedule(data, args.batch_size, args.seed, start, args.iters, rank, world, args.accumulate)
     loader = iter(DataLoader(TrainView(data, args.crop, args.seed), batch_sampler=schedule, num_workers=args.workers,
-                             pin_memory=device.type == "cuda"))
-    log_every = max(1, min(50, args.iters // 50))
-    begun = since = time.time()
-    waited, logged = 0.0, start
-    for iteration in range(start, args.iters):
+                             pin_memory=device.type == "cuda", worker_init_fn=set_worker_apart,
+                             timeout=PATIENCE if args.workers else 0))
+
+    def step(iteration, lr):
+        """One iteration: the loss of this process' part of the batch (a tensor), the seconds spent waiting for data."""
         net.train()
-        lr = args.lr * (1 - iteration / args.iters) ** 0.9                     # the "poly" policy
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         # Dropout's randomness is a function of (seed, iteration, rank), so that no state of it has to be saved.
         torch.manual_seed(int(np.random.SeedSequence((args.seed, iteration, rank)).generate_state(1)[0]))
-        loss = 0
+        loss, waited = 0, 0.0
         for part in range(args.accumulate):
             before = time.time()
             images, labels, boxes = next(loader)                               # (b, 3, crop, crop), (b, crop, crop)
@@ -319,51 +440,51 @@ def main():
             loss = loss + part_loss.detach()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        window.append(loss)                                                    # no .item(): the device need not wait
+        return loss, waited                                                    # no .item(): the device need not wait
 
-        done = iteration + 1
+    log_every = max(1, min(50, args.iters // 50))
+    done = start
+    if checkpoint and not checkpoint["validated"]:
+        validate()
+    begun = since = time.time()
+    waited, logged = 0.0, start
+    for iteration in range(start, args.iters):
+        lr = args.lr * (1 - iteration / args.iters) ** 0.9                     # the "poly" policy
+        try:
+            loss, seconds = step(iteration, lr)
+        except RuntimeError as error:
+            if not re.search(r"DataLoader (worker \(pid|timed out)", str(error)):
+                raise
+            raise UserError(f"a data-loader worker died or hung at iteration {iteration + 1} (images "
+                            f"{image_ids(data, schedule, iteration)}): {first_line(error)}. If memory ran out, use "
+                            "fewer --workers; --resume auto goes on") from None
+        window.append(loss)
+        waited, done = waited + seconds, iteration + 1
+
         if done % log_every == 0 or done == args.iters:
-            losses = torch.stack(window)
-            if world > 1:
-                dist.all_reduce(losses)
-                losses /= world
-            mean = losses.mean().item()                                        # waits for the device: time is true now
+            mean = losses().mean().item()                                      # waits for the device: time is true now
             now, steps = time.time(), done - logged
-            step = (now - since) / steps
+            pace = (now - since) / steps                                       # seconds per iteration
             memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0
             if master:
-                print(f"iter {done:6d}/{args.iters} | loss {mean:.4f} | lr {lr:.2e} | {1000 * step:.0f} ms (data "
-                      f"{1000 * waited / steps:.0f}) | {args.batch_size / step:.1f} img/s | "
+                print(f"iter {done:6d}/{args.iters} | loss {mean:.4f} | lr {lr:.2e} | {1000 * pace:.0f} ms (data "
+                      f"{1000 * waited / steps:.0f}) | {args.batch_size / pace:.1f} img/s | "
                       + (f"mem {memory:.1f} GB | " if memory else "")
-                      + f"eta {duration(step * (args.iters - done))}", flush=True)
-                log.write(iteration=done, loss=mean, lr=lr, ms=1000 * step, data_ms=1000 * waited / steps,
-                          images_per_second=args.batch_size / step, memory_gb=memory)
+                      + f"eta {duration(pace * (args.iters - done))}", flush=True)
+                log.write(iteration=done, loss=mean, lr=lr, ms=1000 * pace, data_ms=1000 * waited / steps,
+                          images_per_second=args.batch_size / pace, memory_gb=memory)
             window, waited, logged, since = [], 0.0, done, now
 
-        validate = done % args.eval_every == 0 or done == args.iters
-        if validate or done % SAVE_EVERY == 0:
-            share_buffers(net)
-            if validate and val:
-                net.set_output_stride(args.eval_output_stride)
-                result = evaluate(net, val, device, rank=rank, world=world, workers=args.workers)
-                net.set_output_stride(args.output_stride)
-                best = max(best, result["miou"])
-                initial = (1 - args.bn_momentum) ** (done * args.accumulate)
-                note = f" | BN statistics are {100 * initial:.0f}% initial" if initial > 0.03 else ""
-                say(summary(val, result) + note, flush=True)
-                if master:
-                    log.write(iteration=done, **{"val_" + key: value for key, value in result.items()}, best=best)
-            if window and world > 1:                   # the losses not logged yet, of all processes
-                pending = torch.stack(window)
-                dist.all_reduce(pending)
-                window = list(pending / world)
-            if master:
-                model_state = net.state_dict()
-                if validate:
-                    save_checkpoint({"model": model_state, "config": config}, out / "model.pth")
-                save_checkpoint({"model": model_state, "config": config, "optimizer": optimizer.state_dict(),
-                                 "iteration": done, "best": best,
-                                 "window": torch.stack(window) if window else torch.zeros(0)}, out / "last.pth")
+        now_validate = done % args.eval_every == 0 or done == args.iters
+        asked = stop.everywhere()
+        if asked or now_validate or done % SAVE_EVERY == 0:
+            save(validated=not now_validate)
+            if asked:
+                say(f"stopped after iteration {done}, all saved: the same command with --resume auto goes on",
+                    flush=True)
+                sys.exit(128 + asked)
+            if now_validate:
+                validate()
             since, logged, waited = time.time(), done, 0.0
 
     say(f"done in {duration(time.time() - begun)}: wrote {out}/model.pth (the network), {out}/last.pth (to go on) and "
@@ -375,11 +496,30 @@ def main():
         dist.destroy_process_group()
 
 
+def image_ids(data, schedule, iteration):
+    """The ids of a batch's images, for a message."""
+    return ", ".join(str(i) if data.endless else str(data.ids[i]) for i in schedule.indices(iteration))
+
+
 def device_name(device):
     """The name of the GPU or processor, for the record."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def main():
+    args = parse_args()
+    try:
+        train(args)
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"the GPU's memory ran out ({first_line(error)}): --accumulate 2 halves what a step needs, "
+                        "--crop and --output-stride 16 lower it as well") from None
+    except RuntimeError as error:
+        if dist.is_initialized() and re.search("gloo|nccl|connection|timed out|timeout", str(error), re.IGNORECASE):
+            raise UserError(f"another process of the job died or hung for {PATIENCE} s ({first_line(error)}): its own "
+                            "message says why; --resume auto goes on") from None
+        raise
 
 
 if __name__ == "__main__":

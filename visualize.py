@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
 from backbone import first_line
-from data import DATASETS, IGNORE, overlay, palette_of, pick_device, run, save_index_png
+from data import DATASETS, IGNORE, normalise, overlay, palette_of, pick_device, read_image, run, save_index_png
 from ema import EMAU, UserError, load_checkpoint
-from evaluate import open_dataset, predict
+from evaluate import open_dataset, pad
 
 GAP, TEXT = 8, 13                       # pixels: space between panels, height of letters
 LINES = [(178, 34, 34), (31, 90, 180), (34, 139, 34), (218, 140, 0), (128, 0, 128), (0, 150, 150)]     # of curves
@@ -34,22 +34,21 @@ HEAT = np.array([(8, 6, 24), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 
 def look(net, image):
     """Prediction and responsibilities of one image: uint8 (3, H, W) -> uint8 (H, W), float (T, K, h, w) or None.
 
-    h x w is the feature map of the padded image. The EM rounds are EMAU's own, run again on what entered them.
+    h x w is the feature map of the padded image. The EM rounds are EMAU's own, run again on its pixels.
     """
+    view, (H, W) = pad(normalise(image[None])), image.shape[1:]                # (1, 3, 8h-7, 8w-7)
+    features = net.features(view)                                              # (1, C, h, w)
+    prediction = net.head(features, view.shape[2:])[0, :, :H, :W].max(0)[1].byte().cpu()   # (H, W)
     if not isinstance(net.attention, EMAU):
-        return predict(net, image).max(0)[1].byte(), None
-    entered = []
-    hook = net.attention.conv1.register_forward_hook(lambda module, inputs, output: entered.append(output))
-    prediction = predict(net, image).max(0)[1].byte()                          # (H, W)
-    hook.remove()
-    x = entered[0].float()                                                     # (1, C, h, w)
-    z = torch.cat([z for z, _ in net.attention.em(x.flatten(2).transpose(1, 2))])          # (T, N, K)
-    return prediction, z.transpose(1, 2).unflatten(2, x.shape[2:])             # (T, K, h, w)
+        return prediction, None
+    z = torch.cat([z for z, _ in net.attention.em(net.attention.pixels(features))]).cpu()  # (T, N, K)
+    return prediction, z.transpose(1, 2).unflatten(2, features.shape[2:])      # (T, K, h, w)
 
 
-def choose_bases(wanted, z, count=4):
-    """Indices of the bases to show: given as "3,17", "random" as in Fig. 5, or those that hold the most pixels."""
-    K = z.shape[1]
+def choose_bases(wanted, zs, count=4):
+    """Indices of the bases to show, for responsibilities zs, a list of (T, K, h, w): given as "3,17", "random" as in
+    Fig. 5, or those that hold the most pixels of all the images."""
+    K = zs[0].shape[1]
     if wanted == "random":
         return torch.randperm(K, generator=torch.Generator().manual_seed(0))[:count].tolist()
     if wanted:
@@ -57,13 +56,14 @@ def choose_bases(wanted, z, count=4):
         if not all(0 <= k < K for k in bases):
             raise UserError(f"--bases {wanted}: give numbers from 0 to {K - 1} with commas between them, or random")
         return bases
-    held = torch.bincount(z[-1].flatten(1).argmax(0), minlength=K)             # (K,) pixels whose largest z it has
+    largest = torch.cat([z[-1].flatten(1).argmax(0) for z in zs])              # (pixels,)
+    held = torch.bincount(largest, minlength=K)                                # (K,)
     return held.argsort(descending=True, stable=True)[:count].tolist()
 
 
 def responsibility_maps(z, bases, size):
     """The maps of some bases at image size: z (T, K, h, w) -> (T, len(bases), H, W)."""
-    padded = [side + -(side - 1) % 8 for side in size]                         # as evaluate.predict pads
+    padded = [side + -(side - 1) % 8 for side in size]                         # as evaluate.pad does
     maps = F.interpolate(z[:, bases], padded, mode="bilinear", align_corners=True)
     return maps[:, :, :size[0], :size[1]]
 
@@ -87,6 +87,16 @@ def picture(image, label, prediction, z, bases, classes):
     return beside(grid(rows), legend([(classes[c], tuple(palette[c].tolist())) for c in present]))
 
 
+def bases_over_images(seen, bases):
+    """The same bases over several images: one row per image, the image and each basis' responsibilities at t = T."""
+    rows = []
+    for name, image, z in seen:
+        maps = responsibility_maps(z[-1:], bases, image.shape[1:])[0]          # (len(bases), H, W)
+        rows.append([(to_pil(image), name)] + [(heat(m / max(m.max().item(), 1e-6)), f"basis {k}")
+                                               for k, m in zip(bases, maps, strict=True)])
+    return grid(rows)
+
+
 def to_pil(image):
     return Image.fromarray(image.permute(1, 2, 0).numpy())
 
@@ -100,15 +110,16 @@ def heat(values):
 
 def grid(rows, width=256):
     """Rows of (PIL image, caption) -> one image, every panel `width` pixels wide."""
-    height = max(round(width * image.height / image.width) for image, _ in rows[0])
-    step_x, step_y = width + GAP, height + TEXT + 2 * GAP
-    sheet = Image.new("RGB", (GAP + step_x * max(len(row) for row in rows), step_y * len(rows) + GAP), "white")
-    draw = ImageDraw.Draw(sheet)
-    for r, row in enumerate(rows):
-        for c, (image, caption) in enumerate(row):
-            x, y = GAP + c * step_x, GAP + r * step_y
+    heights = [round(width * row[0][0].height / row[0][0].width) or 1 for row in rows]
+    step_x, step_y = width + GAP, TEXT + 2 * GAP
+    sheet = Image.new("RGB", (GAP + step_x * max(len(row) for row in rows), sum(heights) + step_y * len(rows) + GAP),
+                      "white")
+    draw, y = ImageDraw.Draw(sheet), GAP
+    for row, height in zip(rows, heights, strict=True):
+        for x, (image, caption) in zip(range(GAP, sheet.width, step_x), row, strict=False):
             draw.text((x, y), caption, "black", ImageFont.load_default(TEXT))
             sheet.paste(image.resize((width, height), Image.Resampling.BILINEAR), (x, y + TEXT + GAP // 2))
+        y += height + step_y
     return sheet
 
 
@@ -187,11 +198,7 @@ def own_images(path, size):
     if not files:
         raise UserError(f"no images in {path}")
     for file in files:
-        try:
-            with Image.open(file) as image:
-                image = ImageOps.exif_transpose(image).convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise UserError(f"{file}: cannot be read as an image: {first_line(error)}") from None
+        image = to_pil(read_image(file, turn=True))
         original = image.height, image.width
         image.thumbnail((size, size), Image.Resampling.BILINEAR)
         yield file.stem, torch.from_numpy(np.array(image)).permute(2, 0, 1), original
@@ -202,7 +209,7 @@ def parse_args():
     parser.add_argument("--ckpt", help="checkpoint: model.pth of train.py, or a released one")
     parser.add_argument("--dataset", choices=DATASETS, help="data set (default: the one the checkpoint was trained on)")
     parser.add_argument("--data-root", default="datasets", help="folder that holds the data set (default: datasets)")
-    parser.add_argument("--split", default="val", help="list of images to draw (default: val)")
+    parser.add_argument("--split", help="list of images to draw (default: the data set's for validation)")
     parser.add_argument("--count", type=int, default=4, help="how many images of the data set (default: 4)")
     parser.add_argument("--image", metavar="FILE|DIR", help="your own image, or a folder of images, instead")
     parser.add_argument("--size", type=int, default=513, help="own images: longer side, in pixels (default: 513)")
@@ -211,6 +218,8 @@ def parse_args():
     parser.add_argument("--out", metavar="DIR", help="output folder (default: pictures, beside the checkpoint or log)")
     parser.add_argument("--device", default="auto", help="auto (cuda, then mps, then cpu) or a torch device")
     args = parser.parse_args()
+    if args.count < 1 or args.size < 1:
+        raise UserError("--count and --size must be at least 1")
     if not args.ckpt and not args.log:
         raise UserError("nothing to draw: give --ckpt model.pth, or --log log.jsonl")
     return args
@@ -238,14 +247,19 @@ def main():
                  for i in range(min(args.count, len(data))) for image, label in [data[i]])
     net.to(device, memory_format=torch.channels_last)
     out.mkdir(parents=True, exist_ok=True)
+    seen = []
     for name, image, label, original in items:
         prediction, z = look(net, image.to(device))
-        prediction, z = prediction.cpu(), None if z is None else z.cpu()
-        bases = [] if z is None else choose_bases(args.bases, z)
+        seen += [(name, image, z)] if z is not None else []
+        bases = choose_bases(args.bases, [z]) if z is not None else []
         picture(image, label, prediction, z, bases, classes).save(out / f"{name}.png")
         full = F.interpolate(prediction[None, None], tuple(original), mode="nearest-exact")[0, 0]    # (H, W)
         save_index_png(full.numpy(), out / f"{name}_prediction.png", palette_of(classes))
         print(f"wrote {out}/{name}.png and {name}_prediction.png", flush=True)
+    if len(seen) > 1:
+        bases = choose_bases(args.bases, [z for _, _, z in seen])
+        bases_over_images(seen[:8], bases).save(out / "bases.png")
+        print(f"wrote {out}/bases.png: the same bases over these images")
 
 
 if __name__ == "__main__":
