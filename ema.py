@@ -85,12 +85,12 @@ class EMAU(nn.Module):
             yield z, mu
 
     def initial_bases(self, x):
-        """mu^(0), the same for every image: (B, C, K). A copy: with gradient full the graph still holds it when
-        update_bases changes `mu` in place."""
-        return self.mu.to(x.dtype).repeat(len(x), 1, 1)                        # (B, C, K)
+        """mu^(0), the same for every image: (B, C, K)."""
+        return self.mu.to(x.dtype).expand(x.shape[0], -1, -1)                  # (B, C, K)
 
     def e_step(self, x, mu):
         """Responsibilities (Eq. 12): z_nk = softmax over k of lambda * x_n . mu_k."""
+        # lam * mu is a new tensor: update_bases may change `mu` in place while a graph through all rounds is alive
         return torch.softmax(x @ (self.lam * mu), dim=2)                       # (B, N, K)  rows sum to one
 
     def m_step(self, x, z):
@@ -249,18 +249,18 @@ class EMANet(nn.Module):
                 module.momentum = bn_momentum
 
     def forward(self, images):                                                 # (B, 3, H, W)
-        return self.head(self.features(images), images.shape[2:])              # (B, L, H, W)
+        logits = self.head(self.features(images))                              # (B, L, H/S, W/S)
+        return F.interpolate(logits, images.shape[2:], mode="bilinear", align_corners=True)    # (B, L, H, W)
 
     def features(self, images):
         """What the attention sees: images (B, 3, H, W) -> (B, C, H/S, W/S)."""
         return self.reduce(self.backbone(images))
 
-    def head(self, x, size):
-        """Attention, classifier and upsampling: features (B, C, H/S, W/S) -> logits (B, L, *size)."""
+    def head(self, x):
+        """Attention and classifier: features (B, C, H/S, W/S) -> logits (B, L, H/S, W/S) in at least float32."""
         x = self.decoder(self.attention(x))                                    # (B, C or 256, H/S, W/S)
         logits = self.classifier(x)                                            # (B, L, H/S, W/S)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))   # bfloat16 steps would show after scaling
-        return F.interpolate(logits, size, mode="bilinear", align_corners=True)                # (B, L, H, W)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))     # bfloat16 steps would show after scaling
 
     def set_output_stride(self, output_stride):
         """Changes the output stride (8, 16, 32) of the network, trained or not: dilations hold no weights."""

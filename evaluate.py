@@ -7,6 +7,7 @@
 Shapes: H x W pixels of one image, L classes.
 """
 import argparse
+import functools
 import math
 import os
 import tarfile
@@ -21,9 +22,10 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 from data import DATASETS, build_dataset, normalise, palette_of, pick_device, run, save_index_png
-from ema import EMAU, UserError, base_statistics, load_checkpoint
+from ema import EMAU, UserError, base_statistics, full_precision, load_checkpoint
 
 PATIENCE = 600                                          # seconds after which a process that hangs ends the job
+BATCH_PIXELS = 2 ** 20                                  # of the images that go through the network together
 MS_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)           # of two forks of the released code, which itself has none
 
 
@@ -34,34 +36,75 @@ def predict(net, image, ms_flip=False):
 
     With ms_flip the sum of the logits over MS_SCALES and both mirrorings.
     """
-    return predict_at(net, image, ms_flip)[0]
+    return predict_batch(net, [image], ms_flip)[0][0]
 
 
-def predict_at(net, image, ms_flip=False, iterations=(None,)):
-    """As predict, for several numbers T of EM rounds on the same features: a list of logits (L, H, W), one per T."""
-    size, totals = image.shape[1:], [0] * len(iterations)
-    image = normalise(image[None])                                             # (1, 3, H, W)
+def predict_batch(net, images, ms_flip=False, iterations=(None,), amp=None):
+    """As predict, for images that padding makes equally large at every scale (equal `padded_sizes`), and for several
+    numbers T of EM rounds on the same features: a list per T of lists per image of logits (L, H, W)."""
+    totals = [[0] * len(images) for _ in iterations]
+    originals = [normalise(image[None]) for image in images]                   # (1, 3, H, W) each
     for scale in MS_SCALES if ms_flip else (1.0,):
-        h, w = (max(1, int(side * scale)) for side in size)
-        view = F.interpolate(image, (h, w), mode="bilinear", align_corners=True) if scale != 1 else image
+        views = torch.cat([pad(resize(image, scale)) for image in originals])              # (B, 3, 8k+1, 8l+1)
         if ms_flip:
-            view = torch.cat([view, view.flip(3)])                             # (2, 3, h, w)  image and its mirror
-        view = pad(view)                                                       # (1 or 2, 3, 8k+1, 8l+1)
-        features = net.features(view)                                          # (1 or 2, C, k+1, l+1) at stride 8
-        for i, T in enumerate(iterations):
-            if T is not None:
-                net.attention.iterations = T
-            logits = net.head(features, view.shape[2:])[:, :, :h, :w]          # (1 or 2, L, h, w)
-            if scale != 1:
-                logits = F.interpolate(logits, size, mode="bilinear", align_corners=True)  # (1 or 2, L, H, W)
-            totals[i] = totals[i] + (logits[0] + logits[1].flip(2) if ms_flip else logits[0])      # (L, H, W)
+            mirrored = [pad(resize(image, scale).flip(3)) for image in originals]
+            views = torch.cat([views, *mirrored])                              # (2B, 3, 8k+1, 8l+1)
+        with torch.autocast(views.device.type, amp, enabled=amp is not None):
+            features = net.features(views)                                     # (B or 2B, C, k+1, l+1) at stride 8
+            for T, total in zip(iterations, totals, strict=True):
+                if T is not None:
+                    net.attention.iterations = T
+                logits = net.head(features)                                    # (B or 2B, L, k+1, l+1)
+                with full_precision(logits):
+                    for i, image in enumerate(originals):
+                        h, w = (upsampling(k, padded, side, scale) for k, padded, side in
+                                zip(logits.shape[2:], views.shape[2:], image.shape[2:], strict=True))
+                        wide = logits[i] @ w.to(logits)                        # (L, k+1, W)
+                        if ms_flip:
+                            wide = wide + logits[len(images) + i] @ w.flip(1).to(logits)       # un-mirrored
+                        total[i] = total[i] + h.T.to(logits) @ wide            # (L, H, W)
     return totals
+
+
+def resize(image, scale):
+    """A view of the multi-scale protocol: normalised image (1, 3, H, W) -> (1, 3, int(scale * H), int(scale * W))."""
+    size = [max(1, int(side * scale)) for side in image.shape[2:]]
+    return image if scale == 1 else F.interpolate(image, size, mode="bilinear", align_corners=True)
 
 
 def pad(images):
     """Zeros at the right and bottom up to 8k + 1 pixels, so that align_corners puts every feature on a pixel:
     (B, 3, H, W) -> (B, 3, 8k+1, 8l+1). The padding takes part in EM, as in the released code."""
     return F.pad(images, (0, -(images.shape[3] - 1) % 8, 0, -(images.shape[2] - 1) % 8))
+
+
+def padded_sizes(size, ms_flip):
+    """The sizes of an image's views after padding: images that agree in them can go through the network together."""
+    return tuple((max(1, int(side * scale)) + 6) // 8 * 8 + 1 for scale in (MS_SCALES if ms_flip else (1.0,))
+                 for side in size)
+
+
+def batches(pairs, ms_flip):
+    """Collects (index, image, label) into lists that can go through the network together."""
+    waiting = {}                                                               # padded sizes -> list of pairs
+    for pair in pairs:
+        key = padded_sizes(pair[1].shape[1:], ms_flip)
+        waiting.setdefault(key, []).append(pair)
+        if (len(waiting[key]) + 1) * pair[1][0].numel() > BATCH_PIXELS:
+            yield waiting.pop(key)
+        elif sum(map(len, waiting.values())) >= 64:                            # of many sizes: memory stays bounded
+            yield waiting.pop(max(waiting, key=lambda k: len(waiting[k])))
+    yield from waiting.values()
+
+
+@functools.lru_cache(1024)
+def upsampling(k, padded, side, scale):
+    """One axis of the way from a view's logits back to the image, as a matrix (k, side): k logits are interpolated to
+    the padded view, the padding is cut off, the rest interpolated to the image. One product takes both steps at once,
+    and the mirror image's rows join in before the second axis: exact, and cheaper than full-size logits per view."""
+    matrix = F.interpolate(torch.eye(k)[None], padded, mode="linear", align_corners=True)  # (1, k, padded)
+    matrix = matrix[:, :, :max(1, int(side * scale))]                                      # (1, k, view)
+    return F.interpolate(matrix, side, mode="linear", align_corners=True)[0]               # (k, side)
 
 
 def confusion_matrix(prediction, label, num_classes):
@@ -85,32 +128,38 @@ def scores(confusion):
 
 @torch.no_grad()
 def evaluate(net, data, device, ms_flip=False, rank=0, world=1, workers=2, save_png=None, progress=False,
-             iterations=(None,)):
+             iterations=(None,), amp=None):
     """Scores a network on a whole data set: a list of one dict, `scores` and `images`, `seconds`; or of one for every
     number T of EM rounds in `iterations`. Leaves `net` in eval mode.
 
     Of `world` processes each takes every world-th image; the matrices are summed, so each image counts exactly once.
-    save_png: a folder for the predictions (at the last T) as index PNGs of the original size.
+    save_png: a folder for the predictions (at the last T) as index PNGs of the original size. amp: see pick_amp.
     """
     net.eval()
     mine, start, L = range(rank, len(data), world), time.time(), len(data.classes)
     confusion = torch.zeros(len(iterations), L, L, dtype=torch.int64, device=device)
     loader = DataLoader(data, batch_size=None, sampler=mine, num_workers=min(workers, len(mine)),
                         pin_memory=device.type == "cuda")
-    reported = start
-    for done, (i, (image, label)) in enumerate(zip(mine, loader, strict=True), 1):
-        image, label = image.to(device, non_blocking=True), label.to(device, non_blocking=True)
-        for matrix, logits in zip(confusion, predict_at(net, image, ms_flip, iterations), strict=True):
-            prediction = logits.max(0)[1]                                      # (H, W)  max is faster than argmax
-            matrix += confusion_matrix(prediction, label, L)
+    pairs = ((i, *pair) for i, pair in zip(mine, loader, strict=True))
+    seen, reported = 0, start
+    for batch in batches(pairs, ms_flip):
+        indices, images, labels = zip(*batch, strict=True)
+        images = [image.to(device, non_blocking=True) for image in images]
+        for matrix, logits in zip(confusion, predict_batch(net, images, ms_flip, iterations, amp), strict=True):
+            predictions = [each.max(0)[1] for each in logits]                  # (H, W) each; max is faster than argmax
+            for prediction, label in zip(predictions, labels, strict=True):
+                matrix += confusion_matrix(prediction, label.to(device, non_blocking=True), L)
         if save_png:
-            save_index_png(prediction.cpu().numpy(), Path(save_png) / f"{data.ids[i]}.png", palette_of(data.classes))
+            for i, prediction in zip(indices, predictions, strict=True):
+                path = Path(save_png) / f"{data.ids[i]}.png"
+                save_index_png(prediction.cpu().numpy(), path, palette_of(data.classes))
+        seen += len(batch)
         if progress and time.time() - reported > 5:
             reported = time.time()
-            rate = done / (reported - start)
-            print(f"  {done * world}/{len(data)} images | {rate * world:.1f} img/s | "
-                  f"eta {duration((len(mine) - done) / rate)}", flush=True)
-    seen = torch.tensor(len(mine), device=device)
+            rate = seen / (reported - start)
+            print(f"  {seen * world}/{len(data)} images | {rate * world:.1f} img/s"
+                  f" | eta {duration((len(mine) - seen) / rate)}", flush=True)
+    seen = torch.tensor(seen, device=device)
     if world > 1:
         dist.all_reduce(confusion)
         dist.all_reduce(seen)
@@ -183,6 +232,13 @@ def init_distributed(device_name):
     return rank, world, device
 
 
+def pick_amp(choice, device):
+    """bfloat16 where the hardware computes with it, else None. It needs no gradient scaler, as float16 would."""
+    fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
+            device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
+    return torch.bfloat16 if choice == "bf16" or choice == "auto" and fast else None
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -195,6 +251,8 @@ def parse_args():
     parser.add_argument("--output-stride", type=int, help="8, 16 or 32 (default: the checkpoint's, 8 in the paper)")
     parser.add_argument("--em-iterations", type=int, nargs="+", metavar="T", help="evaluate with these numbers of EM "
                         "rounds, in one pass over the images (default: the checkpoint's)")
+    parser.add_argument("--amp", choices=("auto", "bf16", "off"), default="off", help="bfloat16 autocast: faster, mIoU "
+                        "moves in the second decimal (default: off)")
     parser.add_argument("--bases", action="store_true", help="say what the bases do: their use, spread and rank")
     parser.add_argument("--save-png", metavar="DIR", help="write the predictions there as index PNGs, original size")
     parser.add_argument("--submission", metavar="FILE", help="write the predictions as a .tar.gz for VOC's test server")
@@ -249,7 +307,7 @@ def main():
         say(f"{path} | {net.config['backbone']}, output stride {net.config['output_stride']} | {data.name} "
             f"{data.split}, {len(data)} images | {world} x {device}, torch {torch.__version__}", flush=True)
         results = evaluate(net, data, device, args.ms_flip, rank, world, args.workers, args.save_png, rank == 0,
-                           args.em_iterations or (None,))
+                           args.em_iterations or (None,), pick_amp(args.amp, device))
         table.append((path, net.config["em_iterations"], [result["miou"] for result in results]))
         if args.bases and rank == 0 and (bases := look_at_bases(net, data, device)):
             print(bases_line(bases, net.config["num_bases"]))

@@ -30,9 +30,23 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from backbone import RESNETS, first_line
-from data import DATASETS, IGNORE, Schedule, TrainView, build_dataset, normalise, run
+from data import DATASETS, IGNORE, Cached, Schedule, TrainView, build_dataset, normalise, pick_device, run
 from ema import EMANet, UserError, load_checkpoint, read_checkpoint, save_checkpoint
-from evaluate import PATIENCE, bases_line, duration, evaluate, init_distributed, look_at_bases, summary
+from evaluate import (
+    MS_SCALES,
+    PATIENCE,
+    bases_line,
+    batches,
+    duration,
+    evaluate,
+    init_distributed,
+    look_at_bases,
+    pad,
+    pick_amp,
+    predict_batch,
+    resize,
+    summary,
+)
 
 # The recipes. "paper": the paper's own settings (Sec. 6.1); "released": those of the released code where it differs.
 PAPER = {"split": "trainaug", "backbone": "resnet101", "stem": "7x7", "weights": "imagenet", "output_stride": 16,
@@ -55,7 +69,8 @@ RECIPES = {
                                   "crop": 97, "iters": 400, "lr": 0.1, "channels": 128, "eval_every": 200},
 }
 SAVE_EVERY = 1000             # iterations between two last.pth at most, however rare the validations are
-MAY_CHANGE = ("data_root", "workers", "device", "out", "resume", "eval_every", "compile")              # on resuming
+# What may differ between the command that began a run and the one that goes on with it
+MAY_CHANGE = ("data_root", "workers", "device", "out", "resume", "eval_every", "compile", "cache", "bench")
 
 
 def parse_args():
@@ -69,8 +84,9 @@ def parse_args():
         help="PASCAL Context: ignore what is none of 59 classes, or learn it as one more (default: 59)")
     add("--crop", type=int, metavar="PIXELS", help="side of the square training crops *")
     add("--workers", type=int, default=2, help="processes per GPU that decode images ahead (default: 2)")
+    add("--cache", action="store_true", help="keep the decoded images in memory (VOC trainaug: 8 GB per process)")
     add = parser.add_argument_group("network").add_argument
-    add("--backbone", choices=RESNETS, help="*")
+    add("--backbone", choices=RESNETS, help="depth of the ResNet *")
     add("--stem", choices=("7x7", "deep"), help="first layers: torchvision's 7x7, or the released code's three 3x3 *")
     add("--weights", help="backbone: imagenet (torchvision V1), imagenet-v2, none (from scratch), or a file *")
     add("--init", metavar="FILE", help="start from a checkpoint's network (other number of classes: new classifier)")
@@ -104,6 +120,7 @@ def parse_args():
     add("--amp", choices=("auto", "bf16", "off"), default="auto", help="bfloat16 autocast (default: where it is fast)")
     add("--compile", action="store_true", help="torch.compile the training step")
     add("--device", default="auto", help="auto (cuda, then mps, then cpu) or a torch device")
+    add("--bench", action="store_true", help="measure images/s of every stage instead, beside the released code's way")
     args = parser.parse_args()
     if (args.dataset, args.recipe) not in RECIPES:
         raise UserError(f"no recipe {args.recipe!r} for {args.dataset}: there is --recipe paper")
@@ -121,14 +138,22 @@ def parse_args():
 
 def recipe_table():
     """The recipes as text, for --help."""
-    rows = [["* default by recipe"] + [f"{name} {recipe}" for name, recipe in RECIPES]]
-    rows += [["--" + key.replace("_", "-")] + [str(r[key]) for r in RECIPES.values()]
-             for key in PAPER if key not in ("bn_momentum", "eval_output_stride")]
-    return "\n".join("  ".join(f"{cell:24s}" for cell in row).rstrip() for row in rows)
+    keys = [key for key in PAPER if key not in ("bn_momentum", "eval_output_stride", "decoder", "weights")]
+    rows = [["* by recipe", *(key.replace("_", "-") for key in keys)]]
+    rows += [[" ".join(name), *(str(recipe[key]) for key in keys)] for name, recipe in RECIPES.items()]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(f"{cell:{width}s}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([*lines, "", "ImageNet weights, but none for scenes; released: those of a file, and the decoder."])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The parts of a step
+def build_network(args, num_classes, weights):
+    return EMANet(num_classes, args.backbone, args.stem, weights, args.output_stride, args.channels, args.attention,
+                  args.num_bases, args.em_iterations, args.lam, args.alpha, args.base_update, args.base_norm,
+                  args.gradient, args.decoder, args.bn_momentum)
+
+
 def segmentation_loss(logits, label):
     """Cross entropy of logits (B, L, H, W) and label uint8 (B, H, W), summed over valid pixels, divided by ALL pixels.
 
@@ -136,6 +161,15 @@ def segmentation_loss(logits, label):
     processes, and 0 for a crop without labels, where a mean over valid pixels would be nan.
     """
     return F.cross_entropy(logits, label.long(), ignore_index=IGNORE, reduction="sum") / label.numel()
+
+
+def batch_loss(model, batch, device, amp):
+    """The loss of a batch as the loader gives it: uint8 goes to the device and becomes numbers there."""
+    images, labels, boxes = batch                                              # (B, 3, crop, crop), (B, crop, crop)
+    images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+    images = normalise(images, boxes).contiguous(memory_format=torch.channels_last)
+    with torch.autocast(device.type, amp, enabled=amp is not None):
+        return segmentation_loss(model(images), labels)
 
 
 def build_optimizer(net, lr):
@@ -149,13 +183,6 @@ def build_optimizer(net, lr):
     return torch.optim.SGD([{"params": groups["weights"], "weight_decay": 1e-4, "lr_scale": 1},
                             {"params": groups["scales"], "weight_decay": 0, "lr_scale": 1},
                             {"params": groups["biases"], "weight_decay": 0, "lr_scale": 2}], lr=lr, momentum=0.9)
-
-
-def pick_amp(choice, device):
-    """bfloat16 where the hardware computes with it, else None. It needs no gradient scaler, as float16 would."""
-    fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
-            device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
-    return torch.bfloat16 if choice == "bf16" or choice == "auto" and fast else None
 
 
 def share_buffers(net):
@@ -310,6 +337,9 @@ def train(args):
         val = say(f"no validation: there is no list {val_list}")
     else:
         val = build_dataset(args.dataset, args.data_root, context_classes=args.context_classes)
+    if args.cache and not data.endless:
+        say(f"decoding {len(data)} images to keep them in memory ...", flush=True)
+        data = Cached(data, args.workers)
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and not args.resume:
         args.resume = "auto"                                 # torchrun --max-restarts brings a broken job back
     if master:
@@ -322,9 +352,7 @@ def train(args):
 
     # network. Only rank 0 needs weights: DistributedDataParallel hands its to all.
     weights = "none" if checkpoint or args.init or not master else args.weights
-    net = EMANet(len(data.classes), args.backbone, args.stem, weights, args.output_stride, args.channels,
-                 args.attention, args.num_bases, args.em_iterations, args.lam, args.alpha, args.base_update,
-                 args.base_norm, args.gradient, args.decoder, args.bn_momentum)
+    net = build_network(args, len(data.classes), weights)
     if checkpoint:
         net.load_state_dict(checkpoint["model"])
     elif args.init:
@@ -428,14 +456,11 @@ def train(args):
         loss, waited = 0, 0.0
         for part in range(args.accumulate):
             before = time.time()
-            images, labels, boxes = next(loader)                               # (b, 3, crop, crop), (b, crop, crop)
+            batch = next(loader)
             waited += time.time() - before
-            images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-            images = normalise(images, boxes).contiguous(memory_format=torch.channels_last)
             last = part == args.accumulate - 1
             with nullcontext() if last or world == 1 else model.no_sync():     # processes exchange gradients once
-                with torch.autocast(device.type, amp, enabled=amp is not None):
-                    part_loss = segmentation_loss(model(images), labels) / args.accumulate
+                part_loss = batch_loss(model, batch, device, amp) / args.accumulate
                 part_loss.backward()
             loss = loss + part_loss.detach()
         optimizer.step()
@@ -468,7 +493,7 @@ def train(args):
             memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0
             if master:
                 print(f"iter {done:6d}/{args.iters} | loss {mean:.4f} | lr {lr:.2e} | {1000 * pace:.0f} ms (data "
-                      f"{1000 * waited / steps:.0f}) | {args.batch_size / pace:.1f} img/s | "
+                      f"{100 * waited / steps / pace:.0f}%) | {args.batch_size / pace:.1f} img/s | "
                       + (f"mem {memory:.1f} GB | " if memory else "")
                       + f"eta {duration(pace * (args.iters - done))}", flush=True)
                 log.write(iteration=done, loss=mean, lr=lr, ms=1000 * pace, data_ms=1000 * waited / steps,
@@ -501,6 +526,112 @@ def image_ids(data, schedule, iteration):
     return ", ".join(str(i) if data.endless else str(data.ids[i]) for i in schedule.indices(iteration))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# --bench: how fast is every stage here, and how fast the released code's way of doing it?
+class WholeImageView(TrainView):
+    """The released code's training view: the whole image becomes floating point, is scaled, then cut."""
+
+    def __getitem__(self, key):
+        image, raw = self.data.read(key[1])                                    # (3, H, W), (H, W)
+        rng = np.random.default_rng(key)
+        image, raw = normalise(image[None]), torch.from_numpy(self.data.to_classes(raw, key[1])).float()[None, None]
+        size = [max(1, int(side * scale)) for scale in [rng.choice(self.data.scales)] for side in raw.shape[2:]]
+        image = F.interpolate(image, size, mode="bilinear", align_corners=True)
+        raw = F.interpolate(raw, size, mode="nearest")
+        pad = (0, max(0, self.crop - size[1]), 0, max(0, self.crop - size[0]))
+        image, raw = F.pad(image, pad)[0], F.pad(raw, pad, value=IGNORE)[0, 0]
+        top, left = (int(rng.integers(side - self.crop + 1)) for side in raw.shape)
+        crop = slice(top, top + self.crop), slice(left, left + self.crop)
+        return image[(slice(None), *crop)].contiguous(), raw[crop].long()
+
+
+def one_view_at_a_time(net, image, ms_flip):
+    """Prediction of the released code's forks: every view alone, its logits brought to full size."""
+    total = 0
+    for scale in MS_SCALES if ms_flip else (1.0,):
+        for mirror in (False, True)[:1 + ms_flip]:
+            view = resize(normalise(image[None]), scale)
+            h, w = view.shape[2:]
+            logits = net(pad(view.flip(3) if mirror else view).contiguous())[:, :, :h, :w]
+            logits = F.interpolate(logits, image.shape[1:], mode="bilinear", align_corners=True)
+            total = total + (logits.flip(3) if mirror else logits)
+    return total[0].argmax(0)
+
+
+def bench(args, seconds=8):
+    """Prints images/s of loader, training step, both, and evaluation, ours beside the released way. The two take turns
+    in one process and the medians are compared, because other programs may use the machine as well."""
+    device, local = pick_device(args.device), args.batch_size
+    amp = pick_amp(args.amp, device)
+    data = build_dataset(args.dataset, args.data_root, args.split, args.context_classes)
+    images = [data.read(i)[0].to(device) for i in range(2)]
+    keys = iter(Schedule(data, args.batch_size, args.seed, 0, 10**6))
+    nets = [build_network(args, len(data.classes), "none").to(device) for _ in range(2)]
+    nets[0].to(memory_format=torch.channels_last)
+    optimizers = [build_optimizer(net, 1e-6) for net in nets]
+    views = TrainView(data, args.crop, args.seed), WholeImageView(data, args.crop, args.seed)
+    print(f"{device_name(device)}, torch {torch.__version__}, {torch.get_num_threads()} threads | {args.dataset}, crop "
+          f"{args.crop}, batch {local} | {args.backbone}, output stride {args.output_stride}\n"
+          f"ours: {'bfloat16' if amp else 'float32'}, channels_last; released way: float32, contiguous\n\n"
+          f"{'images/s':34s}{'ours':>9s}{'released':>10s}{'ratio':>8s}")
+
+    def row(name, ours, released):
+        """Each function does some work and returns the number of images."""
+        rates, begun = ([], []), time.time()
+        while len(rates[0]) < 3 or time.time() - begun < seconds:              # the first round warms up
+            for function, rate in zip((ours, released), rates, strict=True):
+                since = time.time()
+                count = function()
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                rate.append(count / (time.time() - since))
+        medians = [float(np.median(rate[1:])) for rate in rates]
+        print(f"{name:34s}{medians[0]:9.2f}{medians[1]:10.2f}{medians[0] / medians[1]:8.2f}", flush=True)
+        return medians[0]
+
+    def load(view):
+        return len([view[key] for key in next(keys)[:8]])
+
+    def step(i, batch):
+        if i == 0:
+            loss = batch_loss(nets[0].train(), batch, device, amp)
+        else:
+            loss = segmentation_loss(nets[1].train()(batch[0].to(device)), batch[1].to(device))
+        loss.backward()
+        optimizers[i].step()
+        optimizers[i].zero_grad(set_to_none=True)
+        return len(batch[0])
+
+    @torch.no_grad()
+    def evaluation(i, ms_flip):
+        some = images[:1] if ms_flip else images
+        if i == 1:
+            return len([one_view_at_a_time(nets[1].eval(), image, ms_flip) for image in some])
+        for batch in batches([(i, image, None) for i, image in enumerate(some)], ms_flip):
+            for logits in predict_batch(nets[0].eval(), [image for _, image, _ in batch], ms_flip, amp=amp)[0]:
+                logits.max(0)
+        return len(some)
+
+    crops = torch.utils.data.default_collate([views[0][key] for key in next(keys)])
+    loaders = [iter(DataLoader(view, batch_sampler=Schedule(data, local, args.seed, 0, 10**6), num_workers=args.workers,
+                               pin_memory=device.type == "cuda")) for view in views]
+    supply = row("loading, one core", lambda: load(views[0]), lambda: load(views[1]))
+    if args.cache and not data.endless:
+        cached = TrainView(Cached(data, args.workers), args.crop, args.seed)
+        row("loading, one core, --cache", lambda: load(cached), lambda: load(views[1]))
+    demand = row("training step, data at hand", lambda: step(0, crops),
+                 lambda: step(1, (normalise(crops[0], crops[2]), crops[1])))
+    row(f"training with {args.workers} loader workers", lambda: step(0, next(loaders[0])),
+        lambda: step(1, next(loaders[1])))
+    for net in nets:
+        net.set_output_stride(args.eval_output_stride)
+    row("evaluation, single scale, --amp", lambda: evaluation(0, False), lambda: evaluation(1, False))
+    row("evaluation, ms-flip, --amp", lambda: evaluation(0, True), lambda: evaluation(1, True))
+    print(f"\nThe training step limits: one core loads {supply / demand:.1f} times what it takes." if supply > demand
+          else f"\nLoading limits: the step takes what {demand / supply:.1f} cores load; --workers "
+          f"{int(demand / supply) + 1} or more, or --cache.")
+
+
 def device_name(device):
     """The name of the GPU or processor, for the record."""
     if device.type == "cuda":
@@ -511,7 +642,7 @@ def device_name(device):
 def main():
     args = parse_args()
     try:
-        train(args)
+        bench(args) if args.bench else train(args)
     except torch.OutOfMemoryError as error:
         raise UserError(f"the GPU's memory ran out ({first_line(error)}): --accumulate 2 halves what a step needs, "
                         "--crop and --output-stride 16 lower it as well") from None

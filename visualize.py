@@ -38,7 +38,8 @@ def look(net, image):
     """
     view, (H, W) = pad(normalise(image[None])), image.shape[1:]                # (1, 3, 8h-7, 8w-7)
     features = net.features(view)                                              # (1, C, h, w)
-    prediction = net.head(features, view.shape[2:])[0, :, :H, :W].max(0)[1].byte().cpu()   # (H, W)
+    logits = F.interpolate(net.head(features), view.shape[2:], mode="bilinear", align_corners=True)    # (1, L, ., .)
+    prediction = logits[0, :, :H, :W].max(0)[1].byte().cpu()                   # (H, W)
     if not isinstance(net.attention, EMAU):
         return prediction, None
     z = torch.cat([z for z, _ in net.attention.em(net.attention.pixels(features))]).cpu()  # (T, N, K)
