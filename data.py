@@ -6,8 +6,9 @@
 Everything stays uint8 until it is on the device, where `normalise` makes floats of it.
 """
 import argparse
-import gc
 import glob
+import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -332,6 +333,9 @@ def read_label(path):
         raise UserError(f"{path}: cannot be read as a label ({first_line(error)}): unpack or fetch it again") from None
     if raw.ndim != 2:
         raise UserError(f"{path}: a label has height and width, this has {raw.ndim} dimensions")
+    check_pixels(path, *raw.shape[::-1])             # SBD's header does not tell
+    if raw.dtype.kind not in "buif":
+        raise UserError(f"{path}: holds {raw.dtype.name}, no label numbers")
     if raw.dtype != np.uint8:                    # ids reach 459, and some tools write doubles: never wrap, never round
         whole = raw.astype(np.uint16)
         if (whole != raw).any():
@@ -354,12 +358,20 @@ def read_mat(path):
     variable = next((name for name in ("GTcls", "LabelMap", "S") if name in shapes), None)
     if variable is None:
         raise UserError(f"{path}: no label in it (none of GTcls, LabelMap, S)")
-    check_pixels(path, *(shapes[variable] * 2)[:2])
+    check_pixels(path, *(shapes[variable] * 2)[1::-1])
     if variable == "S" and max(shapes.get("names", (182,))) != 182:
         raise UserError(f"{path}: of COCO-Stuff 10K version 1.0, whose labels are numbered differently: "
                         "get cocostuff-10k-v1.1.zip")
     value = loadmat(path, variable_names=[variable])[variable]
     return np.ascontiguousarray(value[0, 0]["Segmentation"] if variable == "GTcls" else value)
+
+
+def set_worker_apart(worker_id):
+    """A data-loader worker leaves the group that a terminal's Ctrl-C and torchrun's SIGTERM reach as a whole: the
+    process that reads from it finishes its step, and ends it then."""
+    os.setpgrp()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -666,17 +678,17 @@ def overlay(image, label, palette, alpha=0.6):
 
 def run(main):
     """Runs a script's main(): a UserError becomes one line and exit status 1."""
-    status = 0
     try:
-        main()
+        status = main()                                           # None, or a status
     except UserError as error:
         status = f"error: {error}"
-    except SystemExit as leave:
-        status = leave.code
+        # The frames of the exception hold the data loader. Let go of them, so that it ends its workers now: those that
+        # the interpreter's exit ends are called a fault, by torch's handler.
+        fault = error
+        while fault:
+            fault.__traceback__, fault = None, fault.__context__
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     if status:
-        # The frames of the exception hold the data loader, and workers that the interpreter's exit ends, instead of
-        # their loader, are reported as a fault: so let go of them first.
-        gc.collect()
         sys.exit(status)
 
 

@@ -288,7 +288,10 @@ def save_checkpoint(checkpoint, path, keep=False):
             os.replace(path, path.with_suffix(".before.pth"))                  # killed here, the older one is found
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:                                   # RuntimeError: torch's, on a full disk
-        raise UserError(f"cannot write {path} ({first_line(error)}): the checkpoint before it is whole; make room, and "
+        if "DataLoader" in str(error):                         # a worker that dies interrupts whatever goes on
+            raise
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error     # torch hides the disk's
+        raise UserError(f"cannot write {path} ({first_line(cause)}): the checkpoint before it is whole; make room, and "
                         "--resume auto goes on") from None
     finally:
         temporary.unlink(missing_ok=True)
@@ -327,9 +330,11 @@ def load_checkpoint(path):
     else:
         state, config, data = checkpoint["model"], checkpoint["config"]["network"], checkpoint["config"]["data"]
     try:
-        net = EMANet(**config)
+        net = EMANet(**config | {"weights": "none"})
         net.load_state_dict(state, strict=True)
-    except (RuntimeError, TypeError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # noqa: BLE001 - settings made in bad faith raise many kinds
         raise UserError(f"{path}: does not fit the network it describes: {first_line(error)}") from None
     net.data = data
     return net.eval()

@@ -10,8 +10,10 @@ import argparse
 import functools
 import math
 import os
+import re
 import tarfile
 import time
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -21,7 +23,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-from data import DATASETS, build_dataset, normalise, palette_of, pick_device, run, save_index_png
+from backbone import first_line
+from data import DATASETS, build_dataset, normalise, palette_of, pick_device, run, save_index_png, set_worker_apart
 from ema import EMAU, UserError, base_statistics, full_precision, load_checkpoint
 
 PATIENCE = 600                                          # seconds after which a process that hangs ends the job
@@ -139,7 +142,8 @@ def evaluate(net, data, device, ms_flip=False, rank=0, world=1, workers=2, save_
     mine, start, L = range(rank, len(data), world), time.time(), len(data.classes)
     confusion = torch.zeros(len(iterations), L, L, dtype=torch.int64, device=device)
     loader = DataLoader(data, batch_size=None, sampler=mine, num_workers=min(workers, len(mine)),
-                        pin_memory=device.type == "cuda")
+                        pin_memory=device.type == "cuda", worker_init_fn=set_worker_apart,
+                        timeout=PATIENCE if workers and mine else 0)
     pairs = ((i, *pair) for i, pair in zip(mine, loader, strict=True))
     seen, reported = 0, start
     for batch in batches(pairs, ms_flip):
@@ -177,6 +181,8 @@ def look_at_bases(net, data, device, count=16):
     each = []
     for i in range(min(count, len(data))):
         features = net.features(pad(normalise(data[i][0][None].to(device))))   # (1, C, h, w)
+        if not features.isfinite().all():
+            return {}                                                          # a run that diverges: its loss says so
         each.append(base_statistics(net.attention, net.attention.pixels(features)))
     return {key: sum(e[key] for e in each) / len(each) for key in each[0]}
 
@@ -217,6 +223,22 @@ def duration(seconds):
     """3h18m, 4m05s or 12s."""
     m, s = divmod(round(seconds), 60)
     return f"{m // 60}h{m % 60:02d}m" if m >= 60 else f"{m}m{s:02d}s" if m else f"{s}s"
+
+
+@contextmanager
+def faults_named(where=lambda: ""):
+    """Makes one line of what others do to this process: a data-loader worker or another process that dies or hangs."""
+    try:
+        yield
+    except RuntimeError as error:
+        if re.search(r"DataLoader (worker \(pid|timed out)", str(error)):
+            raise UserError(f"a data-loader worker died or hung{where()}: {first_line(error)}. If memory ran out, "
+                            "use fewer --workers; --resume auto goes on") from None
+        lost = re.search("gloo|nccl|connection|timed out|timeout", str(error), re.IGNORECASE)
+        if lost and "WORLD_SIZE" in os.environ:
+            raise UserError(f"another process of the job died or hung for {PATIENCE} s ({first_line(error)}): its own "
+                            "message says why; --resume auto goes on") from None
+        raise
 
 
 def init_distributed(device_name):
@@ -264,7 +286,7 @@ def parse_args():
 def open_dataset(args, net):
     """The data set of the command line, or else of the checkpoint; UserError where the two do not fit together."""
     name = args.dataset or net.data.get("dataset")
-    if name is None:
+    if name not in DATASETS:
         raise UserError("the checkpoint does not say what it was trained on: add --dataset, e.g. --dataset voc")
     data = build_dataset(name, args.data_root, args.split, 60 if net.config["num_classes"] == 60 else 59)
     if len(data.classes) != net.config["num_classes"]:
@@ -286,7 +308,11 @@ def open_network(path, args):
 
 
 def main():
-    args = parse_args()
+    with faults_named():
+        score(parse_args())
+
+
+def score(args):
     nets = [open_network(path, args) for path in args.ckpt]
     data = [open_dataset(args, net) for net in nets][-1]          # opened for each: every class count has to fit
     if args.submission:

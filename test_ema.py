@@ -10,7 +10,9 @@ import math
 import multiprocessing
 import os
 import pickle
+import random
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -20,7 +22,9 @@ import subprocess
 import sys
 import tarfile
 import time
-from functools import partial
+import zlib
+from datetime import timedelta
+from functools import cache, partial
 from pathlib import Path
 
 os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": ""}    # for children too
@@ -33,7 +37,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
+from PIL import Image, ImageFile
+from scipy.io import savemat
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -54,6 +59,7 @@ from ema import (
     base_statistics,
     from_released,
     load_checkpoint,
+    read_checkpoint,
     save_checkpoint,
 )
 
@@ -2460,3 +2466,953 @@ def test_broken_copies(what, own_release, networks, tmp_path):
         assert status == 1 and err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in out + err, err
         lines = out.splitlines() if "faults found" in err or "fault found" in err else []
         assert any(re.search(words, line) for line in [*lines, err.strip()]), (command, out, err)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Faults: what a power cut, a full disk, a lost process or a hostile file does to a run
+# An epoch is three iterations, so that a checkpoint lies in the midst of one; a log line comes with every iteration.
+FAULTY = ("train.py --dataset folder --iters 8 --eval-every 2 --lr 0.05 --backbone resnet18 --weights none "
+          "--channels 16 --num-bases 4 --crop 33 --batch-size 2 --output-stride 16 --resume auto --out run")
+
+
+@pytest.fixture(scope="session")
+def faulty(folder_root):
+    """The command whose runs get broken; it writes to run/."""
+    return f"{FAULTY} --data-root {folder_root}"
+
+
+@pytest.fixture(scope="session")
+def straight(faulty, tmp_path_factory):
+    """straight(world): the output folder of a run by `world` processes that nothing disturbs; not to be changed."""
+    @cache
+    def straight_run(world):
+        cwd = tmp_path_factory.mktemp("straight")
+        finish_run(cwd, faulty, world)
+        return cwd / "run"
+    return straight_run
+
+
+def finish_run(cwd, command, world=1):
+    """The command as it is, to its end, by so many processes: what it printed."""
+    results = python(cwd, f"{command} --workers 0", world=world)
+    results = [results] if world == 1 else results
+    assert [status for status, _, _ in results] == [0] * world, [err for _, _, err in results]
+    return results[0][1]
+
+
+def flat(value):
+    """All tensors and numbers in nested dicts and lists, in order."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [leaf for part in value for leaf in flat(part)] if isinstance(value, (list, tuple)) else [value]
+
+
+def same(a, b):
+    """Whether two parts of checkpoints are equal bit by bit."""
+    pairs = list(zip(flat(a), flat(b), strict=True))
+    return all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in pairs)
+
+
+def check_same_run(run, straight):
+    """Both runs have ended, with the same weights, optimizer, losses and scores, bit by bit."""
+    last, expected = read_checkpoint(run / "last.pth"), read_checkpoint(straight / "last.pth")
+    assert last["iteration"] == expected["iteration"] == 8 and last["validated"]
+    for part in ("model", "optimizer", "window", "best"):
+        assert same(last[part], expected[part]), part
+    for key in ("loss", "lr", "val_miou", "val_iou", "bases_rank"):
+        assert log_of(run, key) == log_of(straight, key), key
+    assert same(read_checkpoint(run / "model.pth")["model"], expected["model"])
+
+
+def check_message(status, err, *words):
+    """One line on stderr that holds all the words, exit status 1."""
+    assert status == 1, (status, err)
+    line, = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in err and err.rstrip().endswith(line), err
+    for word in words:
+        assert re.search(word, line), (word, line)
+    return line
+
+
+# What happens in a child, through `before`. Each is told in which process, and when.
+def both(*actions):
+    for action in actions:
+        action()
+
+
+def at_iteration(number, action, place="normalise", rank=0):
+    """Makes train.py call action() at a place in its n-th iteration (counted in this process) on one rank."""
+    owner = train.Stop if place == "everywhere" else train
+    original, count = getattr(owner, place), iter(range(1, 10**6))
+
+    def act_too(*args, **options):
+        now = next(count) == number and int(os.environ.get("RANK", "0")) == rank
+        changed = action() if now else None
+        return original(*args, **options) if changed is None else changed(original(*args, **options))
+    setattr(owner, place, act_too)
+
+
+def be_killed():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def raise_error():
+    raise ValueError("a bug")
+
+
+def hang(folder):
+    """Like a process without network: until the other one has given up, which it cannot know of."""
+    while "error: " not in (folder / "rank0.stderr").read_text():
+        time.sleep(0.1)
+    be_killed()
+
+
+def poison():
+    """An image whose values are not finite."""
+    return lambda images: images * float("nan")
+
+
+def poison_update(number):
+    """Makes the n-th step of the optimizer destroy the weights, while the loss still is finite."""
+    step, count = torch.optim.SGD.step, iter(range(1, 10**6))
+
+    def step_astray(self, *args):
+        if next(count) == number:
+            self.param_groups[0]["params"][0].grad.fill_(float("nan"))
+        return step(self, *args)
+    torch.optim.SGD.step = step_astray
+
+
+def kill_a_worker():
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    time.sleep(0.5)
+
+
+def fill_the_disk(room):
+    """From now on files of this process cannot grow beyond so many bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+
+
+def be_patient(seconds):
+    evaluate.PATIENCE = train.PATIENCE = seconds
+
+
+def write_slowly():
+    """Makes checkpoints come in twenty pieces, and both renames wait, so that a kill may hit any of it."""
+    save, replace = torch.save, os.replace
+
+    def save_slowly(checkpoint, file):
+        buffer = io.BytesIO()
+        save(checkpoint, buffer)
+        content = buffer.getbuffer()
+        for start in range(0, len(content), len(content) // 20):
+            file.write(content[start:start + len(content) // 20])
+            file.flush()
+            time.sleep(0.02)
+
+    def replace_slowly(*paths):
+        time.sleep(0.15)
+        replace(*paths)
+        time.sleep(0.15)
+    torch.save, os.replace = save_slowly, replace_slowly
+
+
+def break_off(number, error):
+    """Makes the n-th write of a checkpoint break off half-way."""
+    save, count = torch.save, iter(range(1, 10**6))
+
+    def save_half(checkpoint, file):
+        if next(count) < number:
+            return save(checkpoint, file)
+        buffer = io.BytesIO()
+        save(checkpoint, buffer)
+        file.write(buffer.getbuffer()[:buffer.tell() // 2])
+        raise error
+    torch.save = save_half
+
+
+def log_to_full_disk():
+    init = train.Log.__init__
+
+    def init_full(self, *args):
+        init(self, *args)
+        self.path = Path("/dev/full")
+    train.Log.__init__ = init_full
+
+
+def begin(cwd, command, before=None):
+    """`python COMMAND` in folder `cwd`, in a process group of its own as in a terminal: the process, still running."""
+    outputs = cwd / "stdout", cwd / "stderr"
+    for path in outputs:
+        path.write_text("")
+    argv = shlex.split(command)
+    process = SERVER.Process(target=child, args=({}, outputs, script, (argv, cwd, partial(both, os.setsid, *before))))
+    process.start()
+    return process
+
+
+def wait_for(condition, process, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition() and process.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.002)
+
+
+def keep_digests(folder):
+    """Makes train.py keep every last.pth it has written, by its iteration."""
+    save = train.save_checkpoint
+
+    def save_and_keep(checkpoint, path, keep=False):
+        save(checkpoint, path, keep)
+        if keep:
+            shutil.copy(path, folder / f"{checkpoint['iteration']}.pth")
+    train.save_checkpoint = save_and_keep
+
+
+@slow
+def test_kill_at_any_moment_loses_nothing(faulty, straight, tmp_path):
+    """Killed at 20 random moments, half of them in the midst of writing, a run always finds a whole checkpoint of
+    what an undisturbed run had there, and ends with its very weights, optimizer, losses and scores."""
+    rng = random.Random(0)
+    succeed(tmp_path, f"{faulty} --workers 0", before=partial(keep_digests, tmp_path))
+    undisturbed = {n: read_checkpoint(tmp_path / f"{n}.pth") for n in (2, 4, 6, 8)}
+    check_same_run(tmp_path / "run", straight(1))
+    in_a_write, found = 0, set()
+    for chain in range(4):                                    # five kills on the way of each of four runs
+        shutil.rmtree(tmp_path / "run")
+        for kill in range(5):
+            in_write, out = kill % 2 == chain % 2 or kill == 4, tmp_path / "run"
+            process = begin(tmp_path, f"{faulty} --workers {rng.choice([0, 1])}", [write_slowly] if in_write else [])
+            if in_write:
+                for _ in range(rng.randint(1, 2)):            # last.pth is written, and model.pth
+                    wait_for(lambda out=out: any(out.glob("*.tmp")), process)
+                    time.sleep(rng.uniform(0, 0.9))
+            else:
+                time.sleep(rng.uniform(0.5, 3))
+            process.kill()
+            process.join()
+            in_a_write += any(out.glob("*.tmp"))
+            args = type("Args", (), {"resume": "auto", "out": out})
+            if checkpoint := train.find_checkpoint(args):
+                expected = undisturbed[checkpoint["iteration"]]
+                found.add(checkpoint["iteration"])
+                assert all(same(checkpoint[part], expected[part]) for part in ("model", "optimizer", "window"))
+            else:
+                assert not any(out.glob("last*.pth"))
+        succeed(tmp_path, f"{faulty} --workers 0")
+        check_same_run(out, straight(1))
+        assert sorted(path.name for path in out.iterdir()) == ["last.before.pth", "last.pth", "log.jsonl", "model.pth"]
+    assert in_a_write >= 5 and len(found) >= 2, (in_a_write, found)
+
+
+def test_flips_and_cuts_are_found(tmp_path, capsys):
+    """One byte changed at 100 places or a file cut at 50 lengths: it is refused with one line and the one before taken;
+    or the byte meant nothing, and every tensor is equal."""
+    torch.manual_seed(0)
+    rng, refused = random.Random(0), 0
+    good = {"model": {f"layer{i}.weight": torch.randn(8, 3 + i) for i in range(10)}, "window": torch.zeros(0), "best": 0.5,
+            "config": {"network": {"channels": 16}, "data": {"dataset": "folder"}}, "optimizer": {"lr": 0.1}}
+    save_checkpoint(good | {"iteration": 1}, tmp_path / "last.pth", keep=True)
+    save_checkpoint(good | {"iteration": 2}, tmp_path / "last.pth", keep=True)
+    path, content = tmp_path / "last.pth", (tmp_path / "last.pth").read_bytes()
+    args = type("Args", (), {"resume": "auto", "out": tmp_path})
+    for trial in range(150):
+        broken = bytearray(content)
+        if trial < 100:
+            broken[rng.randrange(len(content))] ^= rng.randint(1, 255)
+        else:
+            broken = broken[:rng.randrange(len(content))]
+        path.write_bytes(broken)
+        checkpoint = train.find_checkpoint(args)
+        warning = capsys.readouterr().out
+        if checkpoint["iteration"] == 1:
+            refused += 1
+            assert warning.startswith(f"warning: {path}: ") and warning.count("\n") == 1, warning
+        else:
+            assert trial < 100 and same(checkpoint, good | {"iteration": 2}) and not warning
+    assert refused > 100
+    for name in ("last.pth", "last.before.pth"):
+        (tmp_path / name).write_bytes(content[:99])
+    with pytest.raises(UserError, match="last.pth: damaged"):
+        train.find_checkpoint(args)
+
+
+def test_damaged_checkpoint_costs_no_good_one(faulty, straight, tmp_path):
+    """With a damaged last.pth the run goes on from the one before, says so, and keeps that until a new one is whole."""
+    shutil.copytree(straight(1), tmp_path / "run")
+    out = tmp_path / "run"
+    content = bytearray((out / "last.pth").read_bytes())
+    content[len(content) // 3] ^= 1
+    (out / "last.pth").write_bytes(content)
+    before = (out / "last.before.pth").read_bytes()
+    status, text, err = python(tmp_path, f"{faulty} --workers 0", before=partial(die_between_renames, 1))
+    assert status == -signal.SIGKILL and "warning: run/last.pth: damaged" in text, err
+    assert "trying the one before" in text and "going on at iteration 8" in text
+    assert before == (out / "last.before.pth").read_bytes() or read_checkpoint(out / "last.pth")
+    finish_run(tmp_path, faulty)
+    check_same_run(out, straight(1))
+
+
+def die_between_renames(number):
+    """Makes train.py die after last.pth has become last.before.pth, or before a new one takes its place."""
+    replace, count = os.replace, iter(range(1, 10**6))
+
+    def replace_and_die(source, target):
+        if str(target).endswith("last.pth") and next(count) == number:
+            be_killed()
+        replace(source, target)
+    os.replace = replace_and_die
+
+
+@pytest.mark.parametrize("flag", ["evaluate.py --ckpt", "visualize.py --ckpt", "--resume", "--init", "--weights"])
+def test_code_in_a_file_is_never_run(flag, faulty, tmp_path):
+    """A file with a payload is refused by name wherever it is given, and its code does not run; zip or bare pickle."""
+    for zipped in (True, False):
+        torch.save({"model": {}, "net": {}, "conv1.weight": torch.zeros(1), "config": Payload(tmp_path / "created")},
+                   tmp_path / "bad.pth", _use_new_zipfile_serialization=zipped)
+        command = flag if flag.endswith("--ckpt") else f"{faulty} {flag}"
+        fail(tmp_path, f"{command} bad.pth", "bad.pth")
+        assert not (tmp_path / "created").exists() and not (tmp_path / "run" / "last.pth").exists()
+
+
+@pytest.mark.parametrize("place", [pytest.param("before", marks=slow), pytest.param("between", marks=slow), "model"])
+def test_kill_while_validating(place, faulty, straight, tmp_path):
+    """Killed before, while or after it writes the result of a validation, a run validates again; the log has it once."""
+    command = f"{faulty} --workers 0"
+    killer = {"before": partial(at_iteration, 2, be_killed, "evaluate"),
+              "between": partial(at_iteration, 2, be_killed, "look_at_bases"),
+              "model": partial(at_iteration, 5, be_killed, "save_checkpoint")}[place]    # last, model, last; last, MODEL
+    assert python(tmp_path, command, killer)[0] == -signal.SIGKILL
+    checkpoint = read_checkpoint(tmp_path / "run/last.pth")
+    assert checkpoint["iteration"] == 4 and not checkpoint["validated"]
+    assert "eval folder val" in succeed(tmp_path, command).split("going on at iteration 4")[1].split("iter      5")[0]
+    check_same_run(tmp_path / "run", straight(1))
+
+
+@slow
+@pytest.mark.parametrize("torn", [b'{"iteration": 4, "lo', b"\x00" * 300, b"\xff\xfe{", b"7\n"])
+def test_any_end_of_the_log_is_mended(torn, faulty, straight, tmp_path):
+    """Half a line, zeros or noise at the end of log.jsonl, as power cuts leave them, are dropped when a run goes on."""
+    assert python(tmp_path, f"{faulty} --workers 0", partial(die_at, 3))[0] == -signal.SIGKILL
+    with open(tmp_path / "run/log.jsonl", "ab") as file:
+        file.write(torn)
+    finish_run(tmp_path, faulty)
+    check_same_run(tmp_path / "run", straight(1))
+
+
+# Two processes
+@slow
+@pytest.mark.parametrize("action, place, words", [
+    (be_killed, "normalise", "another process of the job died"),
+    (be_killed, "everywhere", "another process of the job died"),
+    (raise_error, "normalise", "another process of the job died"),
+    (hang, "normalise", "another process of the job .*hung for 6 s"),
+    (hang, "everywhere", "another process of the job .*hung for 6 s"),
+    (hang, "evaluate", "another process of the job .*hung for 6 s")])
+def test_lost_process_ends_the_job(action, place, words, faulty, straight, tmp_path):
+    """One of two processes is killed, hangs or fails: the other ends in time, with a message; then the run goes on."""
+    action = partial(action, tmp_path) if action is hang else action
+    number, rank = (2 if place == "evaluate" else 4), 1
+    began = time.monotonic()
+    (status, _, err), (other, _, other_err) = python(tmp_path, f"{faulty} --workers 1", partial(
+        both, partial(be_patient, 6), partial(at_iteration, number, action, place, rank)), world=2)
+    assert time.monotonic() - began < 6 + 10 + 10, "the job did not end in time"        # 10 more for its start
+    check_message(status, err, words, "--resume auto")
+    assert other == (1 if action is raise_error else -signal.SIGKILL)
+    assert ("a bug" in other_err) == (action is raise_error)
+    finish_run(tmp_path, faulty, world=2)
+    check_same_run(tmp_path / "run", straight(2))
+
+
+@slow
+def test_error_of_one_process_is_said_by_it(own_folder, tmp_path):
+    """A broken image that one of two processes meets: that one names it, the other says that another one failed."""
+    for path in (own_folder / "JPEGImages").glob("val*"):
+        path.write_bytes(path.read_bytes()[:-60])
+    results = python(tmp_path, f"{FAULTY} --data-root {own_folder} --workers 1", partial(be_patient, 6), world=2)
+    errors = "".join(err for _, _, err in results)
+    assert [status for status, _, _ in results] == [1, 1] and "Traceback" not in errors, errors
+    assert re.search(r"JPEGImages/val_00000\d.*cannot be read", errors), errors
+
+
+def test_scoring_ends_with_a_lost_process(straight, folder_root, tmp_path):
+    """evaluate.py by two processes of which one is killed: the other ends in time, with a message."""
+    killer = partial(at_rank, 1, be_killed)
+    (status, _, err), (other, _, _) = python(tmp_path, f"evaluate.py --ckpt {straight(1)}/model.pth --workers 0 "
+                                             f"--data-root {folder_root}", killer, world=2)
+    assert other == -signal.SIGKILL
+    check_message(status, err, "another process")
+
+
+def at_rank(rank, action):
+    be_patient(6)
+    if int(os.environ["RANK"]) == rank:
+        evaluate.predict_batch = lambda *args: action()
+
+
+def torchrun(cwd, command, *flags):
+    """A real torchrun of two processes, in a session of its own, as it runs: (process, stdout's path)."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    name, *rest = shlex.split(command)
+    output = cwd / "stdout"
+    with output.open("w") as file:
+        return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+                                 f"--master_port={port}", *flags, HERE / name, *rest], cwd=cwd, stdout=file,
+                                stderr=subprocess.STDOUT, start_new_session=True), output
+
+
+def finish(process, seconds=90):
+    try:
+        return process.wait(seconds)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@slow
+def test_torchrun_stops_with_all_saved(faulty, tmp_path):
+    """SIGTERM to torchrun: both processes leave after the same step with all saved, and the run goes on."""
+    command = f"{faulty} --iters 24 --eval-every 10 --workers 1"
+    process, output = torchrun(tmp_path, command)
+    lines = re.compile(r"iter +\d+/24")
+    while len(lines.findall(output.read_text())) < 3 and process.poll() is None:
+        time.sleep(0.02)
+    process.terminate()                                       # its ranks have sessions of their own: it hands it on
+    status, text = finish(process), output.read_text()
+    stopped = re.findall(r"stopped after iteration (\d+), all saved: .*--resume auto", text)
+    assert status != 0 and len(stopped) == 1, text
+    assert "Traceback" not in re.sub(r"Traceback(.|\n)*SignalException.*", "", text), text        # torchrun's own
+    last = read_checkpoint(tmp_path / "run/last.pth")
+    assert last["iteration"] == int(stopped[0]) and 3 <= last["iteration"] < 24 and last["world"] == 2
+    assert f"going on at iteration {stopped[0]}" in finish_run(tmp_path, command, world=2)
+    finish_run(tmp_path, command.replace("--out run", "--out straight"), world=2)
+    ends = [read_checkpoint(tmp_path / name / "last.pth") for name in ("run", "straight")]
+    assert all(same(ends[0][part], ends[1][part]) for part in ("model", "optimizer"))
+    assert log_of(tmp_path / "run", "loss") == log_of(tmp_path / "straight", "loss")
+
+
+@slow
+def test_torchrun_brings_a_killed_run_back(faulty, straight, tmp_path):
+    """torchrun --max-restarts 3: one process is killed, and without anybody's help the run goes on and ends as it would
+    have; without --resume in the command."""
+    process, output = torchrun(tmp_path, f"{faulty} --workers 1".replace("--resume auto", ""), "--max-restarts=3")
+    while not (tmp_path / "run/last.pth").exists() and process.poll() is None:
+        time.sleep(0.01)
+    for pid in [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/stat") if ppid(path) == process.pid]:
+        if b"LOCAL_RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes():
+            os.kill(pid, signal.SIGKILL)
+    status, text = finish(process, 180), output.read_text()
+    assert status == 0 and "going on at iteration" in text, text
+    check_same_run(tmp_path / "run", straight(2))
+
+
+def ppid(stat):
+    try:
+        return int(stat.read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return None
+
+
+# Signals
+def log_lines(cwd):
+    return (cwd / "stdout").read_text().count("\niter ")
+
+
+@slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_ends_the_step_and_saves(number, faulty, straight, tmp_path):
+    """SIGTERM, or a terminal's Ctrl-C that reaches workers too: the step is finished, all is saved, and a line says how
+    to go on; which then gives what an undisturbed run gives."""
+    process = begin(tmp_path, f"{faulty} --workers 1", [partial(at_iteration, 5, partial(time.sleep, 0.6))])
+    wait_for(lambda: log_lines(tmp_path) >= 4, process)
+    time.sleep(0.2)
+    os.killpg(process.pid, number)
+    process.join(20)
+    text, err = (tmp_path / "stdout").read_text(), (tmp_path / "stderr").read_text()
+    stopped = re.findall(r"stopped after iteration (\d+), all saved: .*--resume auto", text)
+    assert process.exitcode == 128 + number and len(stopped) == 1 and not err, (process.exitcode, text, err)
+    assert read_checkpoint(tmp_path / "run/last.pth")["iteration"] == int(stopped[0]) < 8
+    finish_run(tmp_path, faulty)
+    check_same_run(tmp_path / "run", straight(1))
+
+
+@slow
+def test_second_ctrl_c_leaves_at_once(faulty, tmp_path):
+    """A second Ctrl-C, more than a moment after the first, does not wait for the step; one that comes with the first,
+    as under torchrun, is no second one."""
+    process = begin(tmp_path, f"{faulty} --workers 1", [partial(at_iteration, 3, partial(time.sleep, 100))])
+    wait_for(lambda: log_lines(tmp_path) >= 2, process)
+    time.sleep(0.5)
+    for _ in range(2):
+        os.killpg(process.pid, signal.SIGINT)
+        time.sleep(0.1)
+    process.join(1.2)
+    assert process.is_alive()
+    os.killpg(process.pid, signal.SIGINT)
+    process.join(3)
+    status = process.exitcode
+    process.kill()
+    assert status == 130
+    assert read_checkpoint(tmp_path / "run/last.pth")["iteration"] == 2
+
+
+# Disks
+@pytest.mark.parametrize("action, words", [
+    (partial(break_off, 7, OSError(28, "No space left on device")), "No space left"),
+    pytest.param(partial(break_off, 7, RuntimeError("PytorchStreamWriter failed writing file")), "failed", marks=slow),
+    pytest.param(partial(at_iteration, 6, partial(fill_the_disk, 3 << 20)), "File too large", marks=slow),
+    pytest.param(partial(at_iteration, 5, partial(fill_the_disk, 60 << 20)), "File too large", marks=slow)],
+    ids=["error", "torch's error", "no room", "little room"])
+def test_write_that_fails_costs_nothing(action, words, faulty, straight, tmp_path):
+    """A checkpoint that cannot be written, wherever it breaks off, ends the run with one line that says so. The one
+    before it is whole and the run goes on from it."""
+    status, _, err = python(tmp_path, f"{faulty} --workers 0", action)
+    check_message(status, err, r"cannot write run/(last|model)\.pth", words, "--resume auto")
+    assert not list((tmp_path / "run").glob("*.tmp"))
+    assert read_checkpoint(tmp_path / "run/last.pth")["iteration"] == 4
+    read_checkpoint(tmp_path / "run/last.before.pth"), load_checkpoint(tmp_path / "run/model.pth")
+    finish_run(tmp_path, faulty)
+    check_same_run(tmp_path / "run", straight(1))
+
+
+def test_full_disk_costs_nothing(tmp_path):
+    """On a real file system of 1 MB: the second checkpoint does not fit, the first one stays whole, nothing else does."""
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", mount], capture_output=True, check=False).returncode:
+        pytest.skip("mounting is not permitted here")
+    try:
+        small, large = ({"net": {"w": torch.arange(n)}} for n in (50_000, 90_000))             # 0.4 and 0.7 MB
+        save_checkpoint(small, mount / "last.pth", keep=True)
+        for checkpoint in (large, large):
+            with pytest.raises(UserError, match=r"cannot write .*last.pth .*No space left"):
+                save_checkpoint(checkpoint, mount / "last.pth", keep=True)
+            assert same(read_checkpoint(mount / "last.pth"), small)
+            assert [path.name for path in mount.iterdir()] == ["last.pth"]
+        (mount / "log.jsonl").touch()
+        with pytest.raises(OSError, match="No space"):
+            (mount / "more").write_bytes(bytes(1 << 20))
+        with pytest.raises(UserError, match="log.jsonl"):
+            train.Log(mount / "log.jsonl", {"args": "x" * 5000}, 0)
+    finally:
+        subprocess.run(["umount", mount], check=True)
+
+
+@slow
+def test_full_disk_under_the_log(faulty, straight, tmp_path):
+    """A log line that cannot be written ends the run with one line; the run goes on when there is room again."""
+    status, _, err = python(tmp_path, f"{faulty} --workers 0", log_to_full_disk)
+    check_message(status, err, "cannot write /dev/full", "No space left", "--resume auto")
+    finish_run(tmp_path, faulty)
+    check_same_run(tmp_path / "run", straight(1))
+
+
+def test_unwritable_out_is_found_at_start(faulty, tmp_path):
+    """--out below a file, or where nothing can be created, is named before the first iteration; by all processes."""
+    (tmp_path / "file").write_text("")
+    fail(tmp_path, faulty.replace("--out run", "--out file/run"), "file/run", "--out")
+    fail(tmp_path, faulty.replace("--out run", "--out file"), "file", "--out")
+    fail(tmp_path, faulty.replace("--out run", "--out /proc/run"), "/proc/run", "--out")
+    (tmp_path / "run/log.jsonl").mkdir(parents=True)
+    fail(tmp_path, faulty, "run", "--out")
+    results = python(tmp_path, faulty.replace("--out run", "--out file/run"), partial(be_patient, 6), world=2)
+    assert [status for status, _, _ in results] == [1, 1] and "file/run" in results[0][2]
+    assert not any("Traceback" in err for _, _, err in results), results
+
+
+# Numbers and workers
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=slow)])
+def test_loss_that_is_not_finite_stops_all(world, faulty, straight, tmp_path):
+    """An image that makes the loss nan, on whichever process: all stop, with iteration and images; last.pth is from
+    before, and goes on."""
+    results = python(tmp_path, f"{faulty} --workers 1", partial(at_iteration, 4, poison, rank=world - 1), world=world)
+    ids = r"train_00000\d, train_00000\d"
+    for status, out, err in [results] if world == 1 else results:
+        check_message(status, err, rf"the loss of iteration 4 is not finite \(images {ids}\)", "--resume auto")
+        assert "iter      4" not in out
+    assert read_checkpoint(tmp_path / "run/last.pth")["iteration"] == 2 and 4 not in log_of(tmp_path / "run", "loss")
+    finish_run(tmp_path, faulty, world)
+    check_same_run(tmp_path / "run", straight(world))
+
+
+@slow
+def test_weights_that_are_not_finite_are_never_saved(faulty, straight, tmp_path):
+    """An update that destroys the weights right before a checkpoint is due: the run stops, the good one stays."""
+    check_message(*python(tmp_path, f"{faulty} --workers 1", partial(poison_update, 4))[::2], "iteration 4 ", "train_0000")
+    assert read_checkpoint(tmp_path / "run/last.pth")["iteration"] == 2
+    finish_run(tmp_path, faulty)
+    check_same_run(tmp_path / "run", straight(1))
+
+
+@pytest.mark.parametrize("every", [1, 8])
+def test_divergence_is_said(every, faulty, tmp_path):
+    """A learning rate far too high ends with one line that names the iteration and --lr, even where weights that are
+    not finite get validated before the next loss shows it."""
+    status, _, err = python(tmp_path, faulty.replace("--lr 0.05 ", "--lr 1e30 ").replace(
+        "--eval-every 2", f"--eval-every {every}"))
+    check_message(status, err, r"iteration \d", "--lr")
+
+
+@slow
+@pytest.mark.parametrize("place", ["normalise", "save_checkpoint", "everywhere", "evaluate"])
+def test_dead_worker_is_named(place, faulty, straight, tmp_path):
+    """A data-loader worker that is killed, wherever the run is just then: one line with the iteration and its images,
+    at once; the checkpoint is whole and goes on."""
+    began = time.monotonic()
+    status, _, err = python(tmp_path, f"{faulty} --workers 1", partial(
+        at_iteration, {"save_checkpoint": 4, "evaluate": 2}.get(place, 4), kill_a_worker, place))
+    assert time.monotonic() - began < 25
+    check_message(status, err, r"data-loader worker", r"iteration [45] ", r"train_00000\d, train_00000\d")
+    finish_run(tmp_path, faulty)
+    check_same_run(tmp_path / "run", straight(1))
+
+
+def test_dead_worker_of_a_validation_is_named(straight, folder_root, faulty, tmp_path):
+    """A worker that is killed while it reads images to validate: one line, by train.py and by evaluate.py."""
+    for command in (f"{faulty} --workers 1",
+                    f"evaluate.py --ckpt {straight(1)}/model.pth --data-root {folder_root} --workers 1"):
+        status, _, err = python(tmp_path, command, kill_in_prediction)
+        check_message(status, err, "data-loader worker")
+
+
+def kill_in_prediction():
+    sizes = evaluate.padded_sizes
+
+    def kill_and_tell(*args):                                 # called for each image as it comes from the loader
+        kill_a_worker()
+        return sizes(*args)
+    evaluate.padded_sizes = kill_and_tell
+
+
+def test_changes_of_a_run_are_told(faulty, straight, own_folder, tmp_path):
+    """Going on with other --workers is told, another --seed, batch or data set is refused, and nothing is touched."""
+    shutil.copytree(straight(1), tmp_path / "run")
+    assert "changed  --workers from 0 to 1" in succeed(tmp_path, f"{faulty} --workers 1")
+    last = (tmp_path / "run/last.pth").read_bytes()
+    fail(tmp_path, f"{faulty} --seed 1", "--seed 0", "1")
+    fail(tmp_path, f"{faulty} --batch-size 4", "--batch-size 2", "4")
+    fail(tmp_path, faulty.replace("--dataset folder", "--dataset scenes"), "--dataset folder", "scenes")
+    with open(own_folder / "classes.txt", "a") as file:
+        file.write("another class\n")
+    fail(tmp_path, f"{FAULTY} --data-root {own_folder} --workers 1", "class")
+    assert (tmp_path / "run/last.pth").read_bytes() == last
+
+
+# Evaluation
+def matrices(root, split):
+    """The confusion matrix and scores of an untrained network, by as many processes as there are."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    torch.manual_seed(0)
+    found, scores = [], evaluate.scores
+    evaluate.scores = lambda confusion: found.append(confusion.clone()) or scores(confusion)
+    try:
+        result, = evaluate.evaluate(small_net(), build_dataset("folder", root, split), torch.device("cpu"), rank=rank,
+                                    world=world, workers=rank)
+    finally:
+        evaluate.scores = scores
+    return found[0], result["images"]
+
+
+def matrices_with_others(root, folder):
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    torch.save([matrices(root, split) for split in ("train", "val", "one")], folder / f"{dist.get_rank()}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_matrix_is_the_same_for_any_number_of_processes(world, own_folder, tmp_path):
+    """7, 5 and 1 images by two and three processes: the confusion matrix of one process, entry by entry."""
+    lists = own_folder / "ImageSets/Segmentation"
+    (lists / "one.txt").write_text((lists / "val.txt").read_text().split()[0])
+    for status, _, err in launch(tmp_path, matrices_with_others, own_folder, tmp_path, world=world):
+        assert status == 0, err
+    alone = [matrices(own_folder, split) for split in ("train", "val", "one")]
+    assert [images for _, images in alone] == [7, 5, 1] and all(matrix.sum() > 100 for matrix, _ in alone)
+    for rank in range(world):
+        assert same(torch.load(tmp_path / f"{rank}.pt"), alone)
+
+
+# Broken and hostile files
+FUZZED = (23, 31)                                               # height and width of the fuzzed images
+
+
+def fuzz_images():
+    """Whole image files of many kinds: [(name, bytes)]."""
+    rgb = Image.fromarray(picture(FUZZED, 3))
+    found = []
+    for name, image, format_, options in [
+            ("rgb.jpg", rgb, "JPEG", {}), ("progressive.jpg", rgb, "JPEG", {"progressive": True}),
+            ("gray.jpeg", rgb.convert("L"), "JPEG", {}), ("cmyk.jpg", rgb.convert("CMYK"), "JPEG", {}),
+            ("rgb.png", rgb, "PNG", {}), ("gray.png", rgb.convert("L"), "PNG", {}), ("1.png", rgb.convert("1"), "PNG", {}),
+            ("palette.png", rgb.quantize(20), "PNG", {"transparency": 3}), ("alpha.png", rgb.convert("RGBA"), "PNG", {}),
+            ("16.png", Image.fromarray(np.arange(23 * 31).reshape(FUZZED).astype(np.uint16) * 90), "PNG", {}),
+            ("gif.jpg", rgb, "GIF", {}), ("bmp.png", rgb, "BMP", {}), ("tiff.jpg", rgb, "TIFF", {}),
+            ("webp.png", rgb, "WEBP", {}), ("jpeg.png", rgb, "JPEG", {}), ("png.jpg", rgb, "PNG", {})]:
+        buffer = io.BytesIO()
+        image.save(buffer, format_, **options)
+        found.append((name, buffer.getvalue()))
+    return found
+
+
+def fuzz_labels(folder):
+    """Whole label files of the four kinds: [(name, bytes, table, number of classes)]."""
+    label = np.random.default_rng(0).integers(1, 20, FUZZED).astype(np.uint8)
+    names = np.array([f"class {i}" for i in range(182)], dtype=object).reshape(182, 1)
+    voc = data.label_table({c: c for c in (*range(21), 255)})
+    found = []
+    for compressed in (False, True):
+        for name, content, table in [
+                ("sbd", {"GTcls": {"Segmentation": label, "Boundaries": np.zeros(3), "CategoriesPresent": [1, 2]}}, voc),
+                ("context", {"LabelMap": label.astype(np.uint16) + 400}, data.label_table({c: c % 59 for c in range(460)})),
+                ("cocostuff", {"S": label, "names": names, "captions": names[:3], "regionMapStuff": label.astype(float)},
+                 data.label_table(data.coco_table(0)))]:
+            path = folder / f"{name}{compressed}.mat"
+            savemat(path, content, do_compression=compressed)
+            found.append((path.name, path.read_bytes(), table, {"sbd": 21, "context": 59, "cocostuff": 171}[name]))
+    for mode in ("P", "L"):
+        path = folder / f"{mode}.png"
+        write_label(label, path, mode)
+        found.append((path.name, path.read_bytes(), voc, 21))
+    return found
+
+
+def mutate(content, others, rng):
+    """The bytes of a file after one of the accidents that happen to files."""
+    broken, n = bytearray(content), len(content)
+    kind, at = rng.randrange(8), rng.randrange(n)
+    if kind == 0:
+        return content[:at]                                   # cut
+    if kind == 1:
+        return rng.choice(others)[:rng.randrange(1, 64)] + content[rng.randrange(1, 64):]    # another one's header
+    if kind == 2:
+        return content[:at] + rng.randbytes(rng.randrange(1, 40)) + content[at:]             # insertion
+    if kind == 3:
+        broken[at:at + rng.randrange(1, 64)] = bytes(len(broken[at:at + rng.randrange(1, 64)]))       # a zeroed block
+    elif kind == 4:
+        del broken[at:at + rng.randrange(1, 40)]
+    elif kind == 5:
+        return rng.choice(others)                             # another file under this name
+    else:
+        for _ in range(rng.choice([1, 1, 3])):                # flips, many of them in the header
+            broken[rng.randrange(n if kind == 6 else min(n, 200))] ^= 1 << rng.randrange(8)
+    return bytes(broken)
+
+
+def expect_read(path, read, faults):
+    """read() gives True, or raises a UserError of one line that names the file; all else is a fault."""
+    try:
+        if not read():
+            faults.append(f"{path.name}: wrong size, type or label")
+    except UserError as error:
+        if path.name not in str(error) or "\n" in str(error) or len(str(error)) > 1000:
+            faults.append(f"{path.name}: unclear: {error}")
+        return 0
+    except BaseException as error:  # noqa: BLE001 - any other exception is what is looked for
+        faults.append(f"{path.name}: {type(error).__name__}: {error}")
+    return 1
+
+
+def fuzz(folder, seed, per_file):
+    """Mutates images, labels and lists, reads them as training and evaluation do; prints a line for every fault."""
+    rng, faults, counts, read = random.Random(seed), [], [0, 0], 0
+    data.MAX_PIXELS = 10**6
+    images, labels = fuzz_images(), fuzz_labels(folder)
+    Image.fromarray(picture(FUZZED, 3)).save(folder / "whole.png")
+    write_label(np.ones(FUZZED, np.uint8), folder / "whole_label.png")
+    voc = data.label_table({c: c for c in (*range(21), 255)})
+
+    def fits(image, label, table, classes, path):
+        pair = data.Pairs("voc", "val", ["c"] * classes, ["x"], [str(image)], [str(label)], table)
+        x, y = pair[0]
+        crop, target, _ = TrainView(pair, 33, seed)[rng.randrange(9), 0]
+        return all(i.dtype == torch.uint8 and i.shape == (3, *size) and t.dtype == torch.uint8 and t.shape == size
+                   and ((t < classes) | (t == 255)).all()
+                   for i, t, size in [(x, y, tuple(x.shape[1:])), (crop, target, (33, 33))])
+
+    def readable(path):
+        image = data.read_image(path, turn=rng.random() < 0.5)
+        return image.dtype == torch.uint8 and image.ndim == 3 and len(image) == 3 and image[0].numel() <= 10**6
+
+    for name, content in images:
+        for i in range(per_file):
+            path = folder / f"{seed}_{i}_{name}"
+            path.write_bytes(mutate(content, [c for _, c in images], rng))
+            (folder / "now").write_text(path.name)            # for the case that it hangs or crashes
+            read += expect_read(path, lambda path=path: readable(path), faults)
+            counts[0] += 1
+    for name, content, table, classes in labels:
+        for i in range(per_file):
+            path = folder / f"{seed}_{i}_{name}"
+            path.write_bytes(mutate(content, [c for _, c, *_ in labels], rng))
+            (folder / "now").write_text(path.name)
+            read += expect_read(path, lambda path=path, table=table, classes=classes: fits(
+                folder / "whole.png", path, table, classes, path), faults)
+            counts[0] += 1
+    listed = "".join(f"2007_{i:06d}\n" for i in range(40)).encode()
+    for i in range(5 * per_file):
+        path = folder / f"{seed}_{i}_list.txt"
+        path.write_bytes(mutate(listed, [images[0][1], b"\xef\xbb\xbf" + listed, listed.replace(b"\n", b"\r\n")], rng))
+        (folder / "now").write_text(path.name)
+        read += expect_read(path, lambda path=path, i=i: all(
+            entry.strip() and "\n" not in entry for entry in data.read_list(path, whole_line=i % 2 == 0)), faults)
+        counts[0] += 1
+    assert fits(folder / "whole.png", folder / "whole_label.png", voc, 21, None)
+    print("\n".join(faults))
+    print(f"{counts[0]} files, {read} read, {len(faults)} faults")
+
+
+def fuzz_result(folder, seed, per_file, timeout):
+    (status, out, err), = launch(folder, fuzz, folder, seed, per_file, timeout=timeout)
+    assert status == 0, (status, (folder / "now").read_text(), err[-2000:])
+    files, read, faults = map(int, re.search(r"(\d+) files, (\d+) read, (\d+) faults", out).groups())
+    assert faults == 0, out[:5000]
+    return files, read
+
+
+def test_mutated_files_are_read_or_named(tmp_path):
+    """Over 500 images, masks, .mat files and lists, cut, flipped, mixed up: each is read with the right size and legal
+    labels, or named in one line. Nothing else is raised, nothing hangs."""
+    files, read = fuzz_result(tmp_path, seed=0, per_file=19, timeout=60)
+    assert files >= 500 and files / 20 < read < files * 3 / 4, (files, read)
+
+
+@slow
+def test_many_more_mutated_files_are_read_or_named(tmp_path):
+    """As above, for thousands of files."""
+    for seed in (1, 2):
+        (tmp_path / str(seed)).mkdir()
+        fuzz_result(tmp_path / str(seed), seed, per_file=100, timeout=120)
+
+
+MATS = {
+    "text": {"S": "a label"}, "cell": {"S": np.array([["a", "b"]], dtype=object)},
+    "numbers": {"LabelMap": np.array([[1, 2], [3, 4]], dtype=object)}, "logical": {"S": np.ones((23, 31), bool)},
+    "three": {"S": np.ones((23, 31, 3), np.uint8)}, "nan": {"LabelMap": np.full((23, 31), np.nan)},
+    "negative": {"S": np.full((23, 31), -1, np.int16)}, "half": {"LabelMap": np.full((23, 31), 2.5)},
+    "complex": {"S": np.full((23, 31), 1 + 1j)}, "infinite": {"S": np.full((23, 31), np.inf)},
+    "large": {"LabelMap": np.full((23, 31), 65536 + 3, np.uint32)}, "struct": {"S": {"Segmentation": np.ones(3)}},
+    "no field": {"GTcls": {"Boundaries": np.ones((23, 31))}}, "no struct": {"GTcls": np.ones((23, 31), np.uint8)},
+    "empty": {"S": np.zeros((0, 0))}, "sbd empty": {"GTcls": {"Segmentation": np.zeros((0, 0))}}, "other": {"x": 1},
+    "sbd text": {"GTcls": {"Segmentation": "abc"}}, "sbd cell": {"GTcls": {"Segmentation": np.array([["a", "b"]], object)}},
+    "version 1.0": {"S": np.ones((23, 31)), "names": np.array([["a"]] * 92, object)}}
+
+
+@pytest.mark.filterwarnings("ignore:.*discard|invalid value")
+@pytest.mark.parametrize("kind", MATS)
+def test_strange_mat_files_are_named(kind, tmp_path):
+    """A .mat file that holds no label, or no whole numbers, is named in one line."""
+    Image.fromarray(picture(FUZZED, 3)).save(tmp_path / "image.png")
+    savemat(tmp_path / "label.mat", MATS[kind])
+    table = data.label_table({c: c for c in range(21)})
+    pair = data.Pairs("voc", "val", ["c"] * 21, ["x"], [str(tmp_path / "image.png")], [str(tmp_path / "label.mat")], table)
+    if kind == "logical":
+        assert (pair[0][1] == 1).all()
+    else:
+        with pytest.raises(UserError, match=r"label\.mat: [^\n]*$"):
+            pair[0]
+
+
+def test_every_kind_of_image_is_read(tmp_path):
+    """CMYK, gray, one bit, 16 bits, palettes with transparency, alpha: all become RGB, with the grays they show."""
+    gray = np.arange(FUZZED[0] * FUZZED[1]).reshape(FUZZED) * 90
+    Image.fromarray(gray.astype(np.uint16)).save(tmp_path / "16.png")
+    assert np.array_equal(data.read_image(tmp_path / "16.png")[1], gray >> 8)
+    for name, content in fuzz_images():
+        path = tmp_path / name
+        path.write_bytes(content)
+        image = data.read_image(path)
+        assert image.shape == (3, *FUZZED) and image.dtype == torch.uint8 and image.float().std() > 5, name
+        if name in ("rgb.png", "alpha.png", "bmp.png", "png.jpg"):
+            assert np.array_equal(image.permute(1, 2, 0), picture(FUZZED, 3)), name
+        elif name != "16.png":
+            assert np.array_equal(image.permute(1, 2, 0), Image.open(path).convert("RGB")), name
+
+
+def test_image_cut_anywhere_is_named(tmp_path):
+    """A JPEG or PNG cut at any point is named; never read as half an image."""
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
+    for name, content in fuzz_images():
+        if name in ("rgb.jpg", "progressive.jpg", "cmyk.jpg", "gray.jpeg", "rgb.png", "palette.png"):
+            for length in [*range(0, len(content) - 22, 9), len(content) - 22]:     # a PNG's last 21 bytes are check sums and its end mark
+                path = tmp_path / f"cut{length}{name}"
+                path.write_bytes(content[:length])
+                for turn in (False, True):
+                    with pytest.raises(UserError, match=rf"{path.name}: [^\n]*$"):
+                        data.read_image(path, turn)
+
+
+def test_huge_files_are_refused_by_their_header(tmp_path, monkeypatch):
+    """Images and labels of too many pixels are refused with one line before they are unpacked."""
+    began = time.monotonic()
+    for size in [(20_000, 20_000), (2**31 - 1, 2**31 - 1)]:
+        header = b"IHDR" + size[0].to_bytes(4, "big") + size[1].to_bytes(4, "big") + bytes([8, 0, 0, 0, 0])
+        path = tmp_path / "huge.png"
+        path.write_bytes(b"\x89PNG\r\n\x1a\n" + (13).to_bytes(4, "big") + header + zlib.crc32(header).to_bytes(4, "big") + b"\0\0\0\0IDAT")
+        for read in (data.read_image, partial(data.read_image, turn=True), data.read_label):
+            with pytest.raises(UserError, match=rf"huge.png: {size[0]}x{size[1]} pixels, more than the limit"):
+                read(path)
+    assert time.monotonic() - began < 1
+    monkeypatch.setattr(data, "MAX_PIXELS", 700)
+    for name, content in fuzz_images():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=rf"{name}: 31x23 pixels, more than the limit of 700 \(data.MAX_PIXELS\)"):
+            data.read_image(tmp_path / name)
+    for name, content, *_ in fuzz_labels(tmp_path):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=rf"{name}: 31x23 pixels, more than the limit"):
+            data.read_label(tmp_path / name)
+
+
+@slow
+def test_smallest_images_and_odd_names(own_folder, straight, tmp_path):
+    """Images of 1x1, 1x9 and 5x1 pixels, and names with spaces and letters of any script, are trained on, evaluated at
+    one and at six scales, and drawn."""
+    names = ["one pixel", "grün und weiß", "写真 1", "Ёлка.v2"]
+    for n, (name, size) in enumerate(zip(names, [(1, 1), (1, 9), (5, 1), (40, 30)], strict=True)):
+        Image.fromarray(picture(size, n)).save(own_folder / "JPEGImages" / f"{name}{['.png', '.jpg'][n % 2]}")
+        write_label(np.full(size, n, np.uint8), own_folder / "SegmentationClass" / f"{name}.png")
+    for split in ("train", "val"):
+        (own_folder / "ImageSets/Segmentation" / f"{split}.txt").write_text("\r\n".join(names), encoding="utf-8-sig")
+    dataset = build_dataset("folder", own_folder, "train")
+    for i in range(4):
+        seen = [TrainView(dataset, 9, 0)[iteration, i] for iteration in range(40)]
+        assert all(x.shape == (3, 9, 9) and ((y == i) | (y == 255)).all() and (y == i).any() for x, y, _ in seen)
+    succeed(tmp_path, f"{FAULTY} --data-root {own_folder} --workers 1 --iters 2")
+    out = succeed(tmp_path, f"evaluate.py --ckpt run/model.pth --data-root {own_folder} --ms-flip --save-png png")
+    assert "| 4 images |" in out
+    assert {path.stem: Image.open(path).size for path in (tmp_path / "png").iterdir()} == dict(
+        zip(names, [(1, 1), (9, 1), (1, 5), (30, 40)], strict=True))
+    succeed(tmp_path, f"visualize.py --ckpt run/model.pth --data-root {own_folder} --out pictures")
+    succeed(tmp_path, f"visualize.py --ckpt run/model.pth --image '{own_folder}/JPEGImages/one pixel.png' --out pictures")
+
+
+def test_own_images_are_turned(straight, tmp_path):
+    """--image: a photograph is shown as its camera says it stands; a data set's images never are turned."""
+    exif = Image.Exif()
+    exif[0x0112] = 6                                          # "turn by 90 degrees"
+    Image.fromarray(picture((11, 17), 0)).save(tmp_path / "photo.jpg", exif=exif, quality=95)
+    Image.fromarray(picture((11, 17), 0)).save(tmp_path / "photo.png", exif=exif)
+    for name in ("photo.jpg", "photo.png"):
+        upright = np.rot90(np.asarray(data.read_image(tmp_path / name).permute(1, 2, 0)), -1)
+        assert np.abs(data.read_image(tmp_path / name, turn=True).permute(1, 2, 0).numpy().astype(int) - upright).max() < 9
+    succeed(tmp_path, f"visualize.py --ckpt {straight(1)}/model.pth --image photo.jpg --out pictures")
+    assert Image.open(tmp_path / "pictures/photo_prediction.png").size == (11, 17)
+
+
+CONFIGS = [("network", "attention", "other"), ("network", "num_classes", -1), ("network", "num_classes", "4"),
+           ("network", "backbone", ["resnet18"]), ("network", "output_stride", 7), ("network", "channels", 2.5),
+           ("network", "unknown", 1),
+           ("data", "dataset", "other"), ("data", "dataset", 3)]
+
+
+@pytest.mark.parametrize("part, key, value", CONFIGS)
+def test_strange_settings_in_a_checkpoint_are_refused(part, key, value, straight, folder_root, tmp_path):
+    """A checkpoint whose settings no train.py has written, if made in bad faith, is refused with one line."""
+    checkpoint = read_checkpoint(straight(1) / "model.pth")
+    checkpoint["config"][part][key] = value
+    torch.save(checkpoint, tmp_path / "strange.pth")
+    args = type("Args", (), {"dataset": None, "data_root": folder_root, "split": None, "output_stride": None,
+                             "em_iterations": None})
+    with pytest.raises(UserError, match=r"^[^\n]*$"):
+        evaluate.open_dataset(args, evaluate.open_network(tmp_path / "strange.pth", args))

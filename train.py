@@ -12,11 +12,10 @@ import argparse
 import json
 import os
 import platform
-import re
 import signal
-import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from datetime import timedelta
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")     # before torch: threads that spin starve the loader's workers
@@ -30,7 +29,18 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from backbone import RESNETS, first_line
-from data import DATASETS, IGNORE, Cached, Schedule, TrainView, build_dataset, normalise, pick_device, run
+from data import (
+    DATASETS,
+    IGNORE,
+    Cached,
+    Schedule,
+    TrainView,
+    build_dataset,
+    normalise,
+    pick_device,
+    run,
+    set_worker_apart,
+)
 from ema import EMANet, UserError, load_checkpoint, read_checkpoint, save_checkpoint
 from evaluate import (
     MS_SCALES,
@@ -39,6 +49,7 @@ from evaluate import (
     batches,
     duration,
     evaluate,
+    faults_named,
     init_distributed,
     look_at_bases,
     pad,
@@ -213,24 +224,29 @@ def prepare_out(args):
         raise UserError(f"cannot write into {out}: {first_line(error)}; choose another --out") from None
 
 
-def find_checkpoint(args):
+def find_checkpoint(args, say=print):
     """The checkpoint to go on from, or None: the file named, or the newest whole one in --out."""
     if args.resume != "auto":
         return read_checkpoint(args.resume) if args.resume else None
-    damage = []
+    out, damage = Path(args.out), None
     for name in ("last.pth", "last.before.pth"):
-        if (Path(args.out) / name).exists():
+        if (out / name).exists():
             try:
-                return read_checkpoint(Path(args.out) / name)
+                checkpoint = read_checkpoint(out / name)
             except UserError as error:
-                damage.append(error)
-                print(f"warning: {error}; trying the one before it")
+                damage = damage or error
+                say(f"warning: {error}; trying the one before it")
+                continue
+            if damage:                                       # out of the way, or the next save would keep it as the
+                with suppress(FileNotFoundError):            # one before, instead of this
+                    os.replace(out / "last.pth", out / "last.damaged.pth")
+            return checkpoint
     if damage:
-        raise damage[0]
+        raise damage
     return None
 
 
-def check_resumable(args, checkpoint, say):
+def check_resumable(args, checkpoint, classes, say):
     """UserError unless the checkpoint can go on under these settings as the experiment it is; tells what changed."""
     if "optimizer" not in checkpoint:
         raise UserError(f"{args.resume}: a network, not a run: --resume takes a last.pth, --init starts from a network")
@@ -242,6 +258,9 @@ def check_resumable(args, checkpoint, say):
                             "settings, or start another run with --out DIR (and --init model.pth)")
         if before.get(key) != value and key not in ("out", "resume"):
             say(f"changed  {flag} from {before.get(key)} to {value}")
+    if checkpoint["config"]["data"].get("classes") != list(classes):
+        raise UserError(f"the run was started with other classes than {args.dataset} in {args.data_root} has now: "
+                        "start another run with --out DIR (and --init model.pth)")
 
 
 def load_init(net, path):
@@ -262,18 +281,22 @@ def load_init(net, path):
 class Log:
     """log.jsonl: one JSON object per line; a line without an iteration says what the run is, at every start of it."""
 
-    def __init__(self, path, header, start):
+    def __init__(self, path, header, start, validated=True):
         self.path, lines = path, []
         for line in path.read_text(errors="replace").splitlines() if start else ():
             try:
-                iteration = json.loads(line).get("iteration", 0)
-            except ValueError:
+                record = json.loads(line)
+                iteration = record.get("iteration", 0) + ("val_miou" in record and not validated)
+            except (ValueError, AttributeError):
                 break                                        # torn by the end of the earlier process
             if iteration <= start:                           # what came after the checkpoint will be logged again
                 lines.append(line)
         temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in [*lines, json.dumps(header)]))
-        os.replace(temporary, path)
+        try:
+            temporary.write_text("".join(line + "\n" for line in [*lines, json.dumps(header)]))
+            os.replace(temporary, path)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {first_line(error)}") from None
 
     def write(self, **record):
         try:
@@ -289,7 +312,7 @@ class Stop:
     def __init__(self, world):
         self.signal, self.since = 0, 0.0
         # Of its own and on the CPU, so that asking every step does not wait for the GPU.
-        self.group = dist.new_group(backend="gloo") if world > 1 else None
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=PATIENCE)) if world > 1 else None
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.ask)
 
@@ -307,14 +330,6 @@ class Stop:
         asked = torch.tensor(self.signal)
         dist.all_reduce(asked, dist.ReduceOp.MAX, group=self.group)
         return asked.item()
-
-
-def set_worker_apart(worker_id):
-    """A data-loader worker leaves the group that a terminal's Ctrl-C and torchrun's SIGTERM reach as a whole: the
-    process that reads from it finishes its step, and ends it then."""
-    os.setpgrp()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -340,15 +355,15 @@ def train(args):
     if args.cache and not data.endless:
         say(f"decoding {len(data)} images to keep them in memory ...", flush=True)
         data = Cached(data, args.workers)
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and not args.resume:
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and (not args.resume or any(out.glob("last*.pth"))):
         args.resume = "auto"                                 # torchrun --max-restarts brings a broken job back
     if master:
         prepare_out(args)
     if world > 1:
         dist.barrier()
-    checkpoint = find_checkpoint(args)
+    checkpoint = find_checkpoint(args, say)
     if checkpoint:
-        check_resumable(args, checkpoint, say)
+        check_resumable(args, checkpoint, data.classes, say)
 
     # network. Only rank 0 needs weights: DistributedDataParallel hands its to all.
     weights = "none" if checkpoint or args.init or not master else args.weights
@@ -396,7 +411,7 @@ def train(args):
     config = {"network": net.config | {"output_stride": args.eval_output_stride},
               "data": {"dataset": data.name, "classes": list(data.classes)}, "training": vars(args)}
     log = Log(out / "log.jsonl", {"args": vars(args), "torch": torch.__version__, "device": device_name(device),
-                                  "world": world}, start) if master else None
+                                  "world": world}, start, not checkpoint or checkpoint["validated"]) if master else None
 
     def losses():
         """The losses of the window, averaged over the processes. A loss that is not finite ends the run, everywhere."""
@@ -414,6 +429,10 @@ def train(args):
         """last.pth: everything to go on. A run that is killed while validating must validate when it goes on."""
         nonlocal window
         window = list(losses())                              # as they are loaded again: averages over the processes
+        if not all(p.isfinite().all() for p in net.parameters()):
+            raise UserError(f"weights are not finite after iteration {done} (images "
+                            f"{image_ids(data, schedule, done - 1)}): lower --lr or look at these images; --resume "
+                            "auto repeats from the checkpoint before")
         share_buffers(net)
         if master:
             save_checkpoint({"model": net.state_dict(), "config": config, "optimizer": optimizer.state_dict(),
@@ -467,50 +486,47 @@ def train(args):
         optimizer.zero_grad(set_to_none=True)
         return loss, waited                                                    # no .item(): the device need not wait
 
+    def report(loss, lr, pace, waited):
+        """The log line; pace: seconds per iteration, waited: those of them spent waiting for data."""
+        memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0
+        speed = args.batch_size / pace
+        say(f"iter {done:6d}/{args.iters} | loss {loss:.4f} | lr {lr:.2e} | {1000 * pace:.0f} ms (data "
+            f"{100 * waited / pace:.0f}%) | {speed:.1f} img/s | {f'mem {memory:.1f} GB | ' if memory else ''}"
+            f"eta {duration(pace * (args.iters - done))}", flush=True)
+        if master:
+            log.write(iteration=done, loss=loss, lr=lr, ms=1000 * pace, data_ms=1000 * waited, images_per_second=speed,
+                      memory_gb=memory)
+
     log_every = max(1, min(50, args.iters // 50))
     done = start
-    if checkpoint and not checkpoint["validated"]:
-        validate()
-    begun = since = time.time()
-    waited, logged = 0.0, start
-    for iteration in range(start, args.iters):
-        lr = args.lr * (1 - iteration / args.iters) ** 0.9                     # the "poly" policy
-        try:
+    with faults_named(lambda: f" at iteration {done + 1} (images {image_ids(data, schedule, done)})"):
+        if checkpoint and not checkpoint["validated"]:
+            validate()
+        begun = since = time.time()
+        waited, logged = 0.0, start
+        for iteration in range(start, args.iters):
+            lr = args.lr * (1 - iteration / args.iters) ** 0.9                 # the "poly" policy
             loss, seconds = step(iteration, lr)
-        except RuntimeError as error:
-            if not re.search(r"DataLoader (worker \(pid|timed out)", str(error)):
-                raise
-            raise UserError(f"a data-loader worker died or hung at iteration {iteration + 1} (images "
-                            f"{image_ids(data, schedule, iteration)}): {first_line(error)}. If memory ran out, use "
-                            "fewer --workers; --resume auto goes on") from None
-        window.append(loss)
-        waited, done = waited + seconds, iteration + 1
+            window.append(loss)
+            waited, done = waited + seconds, iteration + 1
 
-        if done % log_every == 0 or done == args.iters:
-            mean = losses().mean().item()                                      # waits for the device: time is true now
-            now, steps = time.time(), done - logged
-            pace = (now - since) / steps                                       # seconds per iteration
-            memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0
-            if master:
-                print(f"iter {done:6d}/{args.iters} | loss {mean:.4f} | lr {lr:.2e} | {1000 * pace:.0f} ms (data "
-                      f"{100 * waited / steps / pace:.0f}%) | {args.batch_size / pace:.1f} img/s | "
-                      + (f"mem {memory:.1f} GB | " if memory else "")
-                      + f"eta {duration(pace * (args.iters - done))}", flush=True)
-                log.write(iteration=done, loss=mean, lr=lr, ms=1000 * pace, data_ms=1000 * waited / steps,
-                          images_per_second=args.batch_size / pace, memory_gb=memory)
-            window, waited, logged, since = [], 0.0, done, now
+            if done % log_every == 0 or done == args.iters:
+                mean = losses().mean().item()                                  # waits for the device: time is true now
+                pace = (time.time() - since) / (done - logged)
+                report(mean, lr, pace, waited / (done - logged))
+                window, waited, logged, since = [], 0.0, done, time.time()
 
-        now_validate = done % args.eval_every == 0 or done == args.iters
-        asked = stop.everywhere()
-        if asked or now_validate or done % SAVE_EVERY == 0:
-            save(validated=not now_validate)
-            if asked:
-                say(f"stopped after iteration {done}, all saved: the same command with --resume auto goes on",
-                    flush=True)
-                sys.exit(128 + asked)
-            if now_validate:
-                validate()
-            since, logged, waited = time.time(), done, 0.0
+            now_validate = done % args.eval_every == 0 or done == args.iters
+            asked = stop.everywhere()
+            if asked or now_validate or done % SAVE_EVERY == 0:
+                save(validated=not now_validate)
+                if asked:
+                    say(f"stopped after iteration {done}, all saved: the same command with --resume auto goes on",
+                        flush=True)
+                    return 128 + asked
+                if now_validate:
+                    validate()
+                since, logged, waited = time.time(), done, 0.0
 
     say(f"done in {duration(time.time() - begun)}: wrote {out}/model.pth (the network), {out}/last.pth (to go on) and "
         f"{out}/log.jsonl (the numbers)")
@@ -642,15 +658,11 @@ def device_name(device):
 def main():
     args = parse_args()
     try:
-        bench(args) if args.bench else train(args)
+        with faults_named():
+            return bench(args) if args.bench else train(args)
     except torch.OutOfMemoryError as error:
         raise UserError(f"the GPU's memory ran out ({first_line(error)}): --accumulate 2 halves what a step needs, "
                         "--crop and --output-stride 16 lower it as well") from None
-    except RuntimeError as error:
-        if dist.is_initialized() and re.search("gloo|nccl|connection|timed out|timeout", str(error), re.IGNORECASE):
-            raise UserError(f"another process of the job died or hung for {PATIENCE} s ({first_line(error)}): its own "
-                            "message says why; --resume auto goes on") from None
-        raise
 
 
 if __name__ == "__main__":
