@@ -6,6 +6,7 @@
 Everything stays uint8 until it is on the device, where `normalise` makes floats of it.
 """
 import argparse
+import functools
 import glob
 import os
 import signal
@@ -617,15 +618,21 @@ class Scenes(Dataset):
 # What the scripts share
 def normalise(images, boxes=None):
     """Images uint8 (B, 3, H, W) -> float32, ImageNet's mean and deviation, on their device; 0 outside the boxes."""
-    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) * 255 for v in (MEAN, STD))
+    mean, std = statistics(images.device)                                                       # (3, 1, 1) each
     images = (images.float() - mean) / std
     if boxes is not None:
-        top, bottom, left, right = boxes.to(images.device).T[:, :, None, None]                  # (B, 1, 1) each
+        top, bottom, left, right = boxes.T[:, :, None, None]                                    # (B, 1, 1) each
         rows = torch.arange(images.shape[2], device=images.device)[:, None]                     # (H, 1)
         columns = torch.arange(images.shape[3], device=images.device)                           # (W,)
         inside = (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)        # (B, H, W)
         images = images * inside[:, None]
     return images
+
+
+@functools.cache
+def statistics(device):
+    """MEAN and STD of pixels 0..255 on a device: put there once, as every copy from the CPU waits for the GPU."""
+    return [torch.tensor(values, device=device).view(3, 1, 1) * 255 for values in (MEAN, STD)]
 
 
 def pick_device(name="auto"):
@@ -634,6 +641,8 @@ def pick_device(name="auto"):
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {name}: torch {torch.__version__} sees no CUDA device; --device cpu works anywhere")
+    if name.startswith("mps") and not torch.backends.mps.is_available():
+        raise UserError(f"--device {name}: torch {torch.__version__} sees no mps device; --device cpu works anywhere")
     try:
         return torch.device(name)
     except RuntimeError:

@@ -37,7 +37,7 @@ class EMAU(nn.Module):
         "backprop", as a parameter; "fixed" at its init.
     base_norm: what follows every M-step (Sec. 5.3): "l2", "layer", "none".
     gradient: through the EM rounds: "none" (released code), the "last" E-step only, or "full", all rounds unrolled.
-        The output is the same in all three. Without it conv1 is never trained.
+        The output is the same in all three. With "none" conv1 is never trained.
     """
 
     def __init__(self, channels, num_bases=64, iterations=3, lam=1.0, alpha=0.9, base_update="average",
@@ -46,7 +46,7 @@ class EMAU(nn.Module):
         if base_update == "backprop" and gradient != "full":
             raise UserError(f"bases kept by backprop need gradient full, not {gradient}: no other reaches mu^(0)")
         self.iterations, self.lam, self.alpha = iterations, lam, alpha
-        self.base_update, self.normalise, self.attend = base_update, NORMS[base_norm], GRADIENTS[gradient]
+        self.base_update, self.normalise, self.run_em = base_update, NORMS[base_norm], GRADIENTS[gradient]
         self.conv1 = nn.Conv2d(channels, channels, 1)         # no ReLU after it: inner products need both signs (5.1)
         self.conv2 = nn.Sequential(nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels))
         mu = l2_norm(torch.randn(1, channels, num_bases) * math.sqrt(2 / num_bases))       # (1, C, K)
@@ -64,7 +64,7 @@ class EMAU(nn.Module):
         residual = x
         x = self.pixels(x)                                                     # (B, N, C)
         with full_precision(x):                                                # EM in float32 at least: sums over N
-            z, mu = self.attend(self, x)                                       # (B, N, K), (B, C, K)
+            z, mu = self.run_em(self, x)                                       # (B, N, K), (B, C, K)
             if self.training and self.base_update == "average":
                 self.update_bases(mu.detach())
             x = z @ mu.transpose(1, 2)                                         # (B, N, C)  re-estimation, Eq. 14
@@ -85,12 +85,12 @@ class EMAU(nn.Module):
             yield z, mu
 
     def initial_bases(self, x):
-        """mu^(0), the same for every image: (B, C, K)."""
-        return self.mu.to(x.dtype).expand(x.shape[0], -1, -1)                  # (B, C, K)
+        """mu^(0), the same for every image: (B, C, K). A copy, as update_bases changes `mu` in place while the graph of
+        a full gradient is alive (torch.compile takes it up again in the backward pass)."""
+        return self.mu.to(x.dtype).repeat(x.shape[0], 1, 1)                    # (B, C, K)
 
     def e_step(self, x, mu):
         """Responsibilities (Eq. 12): z_nk = softmax over k of lambda * x_n . mu_k."""
-        # lam * mu is a new tensor: update_bases may change `mu` in place while a graph through all rounds is alive
         return torch.softmax(x @ (self.lam * mu), dim=2)                       # (B, N, K)  rows sum to one
 
     def m_step(self, x, z):
@@ -104,10 +104,10 @@ class EMAU(nn.Module):
         if dist.is_available() and dist.is_initialized():
             # Averaged before the momentum: DistributedDataParallel hands rank 0's buffers to all, and the other
             # ranks' part would be thrown away.
-            dist.all_reduce(mean)
+            dist.all_reduce(mean)                                              # (1, C, K)
             mean /= dist.get_world_size()
         # differs: the released code does this in its training loop, without normalising (mmseg does it as here).
-        self.mu.lerp_(self.normalise(mean).to(self.mu.dtype), 1 - self.alpha)
+        self.mu.lerp_(self.normalise(mean).to(self.mu.dtype), 1 - self.alpha)              # (1, C, K)
 
 
 def full_precision(x):
@@ -169,9 +169,8 @@ def base_statistics(emau, x):
     cosine      mean cosine between two bases
     rank        effective rank of the centred X~: exp of the entropy of its eigenvalues' shares of the variance
     """
-    for z, mu in emau.em(x):                                                   # (B, N, K), (B, C, K)
-        pass
-    K = mu.shape[2]
+    z, mu = (each.cpu() for each in full_gradient(emau, x))                    # (B, N, K), (B, C, K)  QR is not
+    K = mu.shape[2]                                                            # to be had on every device
     entropy = -(z * z.clamp_min(1e-30).log()).sum(2)                           # (B, N)
     unit = l2_norm(mu)                                                         # (B, C, K)
     cosines = unit.transpose(1, 2) @ unit                                      # (B, K, K)

@@ -23,9 +23,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-from backbone import first_line
+from backbone import UserError, first_line
 from data import DATASETS, build_dataset, normalise, palette_of, pick_device, run, save_index_png, set_worker_apart
-from ema import EMAU, UserError, base_statistics, full_precision, load_checkpoint
+from ema import EMAU, base_statistics, full_precision, load_checkpoint
 
 PATIENCE = 600                                          # seconds after which a process that hangs ends the job
 BATCH_PIXELS = 2 ** 20                                  # of the images that go through the network together
@@ -34,6 +34,7 @@ MS_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)           # of two forks of the re
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Inference and the metric
+@torch.no_grad()
 def predict(net, image, ms_flip=False):
     """Logits of one whole image: uint8 (3, H, W) on the network's device -> float (L, H, W).
 
@@ -42,10 +43,11 @@ def predict(net, image, ms_flip=False):
     return predict_batch(net, [image], ms_flip)[0][0]
 
 
+@torch.no_grad()
 def predict_batch(net, images, ms_flip=False, iterations=(None,), amp=None):
     """As predict, for images that padding makes equally large at every scale (equal `padded_sizes`), and for several
     numbers T of EM rounds on the same features: a list per T of lists per image of logits (L, H, W)."""
-    totals = [[0] * len(images) for _ in iterations]
+    totals, own = [[0] * len(images) for _ in iterations], getattr(net.attention, "iterations", None)
     originals = [normalise(image[None]) for image in images]                   # (1, 3, H, W) each
     for scale in MS_SCALES if ms_flip else (1.0,):
         views = torch.cat([pad(resize(image, scale)) for image in originals])              # (B, 3, 8k+1, 8l+1)
@@ -60,12 +62,14 @@ def predict_batch(net, images, ms_flip=False, iterations=(None,), amp=None):
                 logits = net.head(features)                                    # (B or 2B, L, k+1, l+1)
                 with full_precision(logits):
                     for i, image in enumerate(originals):
-                        h, w = (upsampling(k, padded, side, scale) for k, padded, side in
+                        h, w = (upsampling(k, padded, side, scale, logits.device) for k, padded, side in
                                 zip(logits.shape[2:], views.shape[2:], image.shape[2:], strict=True))
-                        wide = logits[i] @ w.to(logits)                        # (L, k+1, W)
+                        wide = logits[i] @ w                                   # (L, k+1, W)
                         if ms_flip:
-                            wide = wide + logits[len(images) + i] @ w.flip(1).to(logits)       # un-mirrored
-                        total[i] = total[i] + h.T.to(logits) @ wide            # (L, H, W)
+                            wide = wide + logits[len(images) + i] @ w.flip(1)              # un-mirrored
+                        total[i] = total[i] + h.T @ wide                       # (L, H, W)
+    if own is not None:
+        net.attention.iterations = own
     return totals
 
 
@@ -76,8 +80,8 @@ def resize(image, scale):
 
 
 def pad(images):
-    """Zeros at the right and bottom up to 8k + 1 pixels, so that align_corners puts every feature on a pixel:
-    (B, 3, H, W) -> (B, 3, 8k+1, 8l+1). The padding takes part in EM, as in the released code."""
+    """Zeros at the right and bottom up to 8k + 1 pixels, so that align_corners puts every feature (of output stride 8)
+    on a pixel: (B, 3, H, W) -> (B, 3, 8k+1, 8l+1). The padding takes part in EM, as in the released code."""
     return F.pad(images, (0, -(images.shape[3] - 1) % 8, 0, -(images.shape[2] - 1) % 8))
 
 
@@ -100,14 +104,14 @@ def batches(pairs, ms_flip):
     yield from waiting.values()
 
 
-@functools.lru_cache(1024)
-def upsampling(k, padded, side, scale):
+@functools.lru_cache(256)
+def upsampling(k, padded, side, scale, device):
     """One axis of the way from a view's logits back to the image, as a matrix (k, side): k logits are interpolated to
     the padded view, the padding is cut off, the rest interpolated to the image. One product takes both steps at once,
     and the mirror image's rows join in before the second axis: exact, and cheaper than full-size logits per view."""
     matrix = F.interpolate(torch.eye(k)[None], padded, mode="linear", align_corners=True)  # (1, k, padded)
     matrix = matrix[:, :, :max(1, int(side * scale))]                                      # (1, k, view)
-    return F.interpolate(matrix, side, mode="linear", align_corners=True)[0]               # (k, side)
+    return F.interpolate(matrix, side, mode="linear", align_corners=True)[0].to(device)    # (k, side)
 
 
 def confusion_matrix(prediction, label, num_classes):
@@ -122,7 +126,7 @@ def scores(confusion):
 
     A class that occurs neither in the labels nor in the predictions has IoU nan and does not count in the mean.
     """
-    confusion = confusion.double().cpu()
+    confusion = confusion.cpu().double()
     hits, labelled, predicted = confusion.diag(), confusion.sum(1), confusion.sum(0)       # (L,) each
     iou = hits / (labelled + predicted - hits)                                             # (L,)
     return {"miou": iou.nanmean().item(), "pixacc": (hits.sum() / labelled.sum()).item(),
@@ -148,11 +152,11 @@ def evaluate(net, data, device, ms_flip=False, rank=0, world=1, workers=2, save_
     seen, reported = 0, start
     for batch in batches(pairs, ms_flip):
         indices, images, labels = zip(*batch, strict=True)
-        images = [image.to(device, non_blocking=True) for image in images]
+        images, labels = ([each.to(device, non_blocking=True) for each in pair] for pair in (images, labels))
         for matrix, logits in zip(confusion, predict_batch(net, images, ms_flip, iterations, amp), strict=True):
             predictions = [each.max(0)[1] for each in logits]                  # (H, W) each; max is faster than argmax
             for prediction, label in zip(predictions, labels, strict=True):
-                matrix += confusion_matrix(prediction, label.to(device, non_blocking=True), L)
+                matrix += confusion_matrix(prediction, label, L)
         if save_png:
             for i, prediction in zip(indices, predictions, strict=True):
                 path = Path(save_png) / f"{data.ids[i]}.png"
@@ -191,8 +195,9 @@ def bases_line(bases, num_bases):
     """The numbers of look_at_bases in a line, with a warning where the attention does nothing."""
     line = (f"bases | |x| {bases['length']:.1f} | perplexity of z {bases['perplexity']:.1f} of {num_bases} | "
             f"{bases['used']:.0f} in use | cosine {bases['cosine']:.2f} | effective rank {bases['rank']:.1f}")
-    if bases["rank"] < 3 or bases["perplexity"] > 0.75 * num_bases:
-        line += "\nwarning: the attention is nearly dead: all pixels get about the same mixture of bases (try --lam 4)"
+    if bases["rank"] < min(3, num_bases / 2) or bases["perplexity"] > 0.75 * num_bases:
+        line += ("\nwarning: the attention is nearly dead: all pixels get about the same mixture of bases (train with "
+                 "--lam 4, or --gradient last)")
     return line
 
 
@@ -201,6 +206,14 @@ def summary(data, result, ms_flip=False):
     return (f"eval {data.name} {data.split} {'ms-flip' if ms_flip else 'ss'} | mIoU {100 * result['miou']:.2f} | "
             f"pixAcc {100 * result['pixacc']:.2f} | mAcc {100 * result['macc']:.2f} | {result['images']} images | "
             f"{result['seconds']:.0f} s")
+
+
+def rounds_table(table, iterations):
+    """Fig. 4: mIoU by T in training (rows) and in evaluation (columns); table: (path, T in training, mIoUs 0..1)."""
+    lines = [f"  {'mIoU at T =':18s}" + "".join(f"{T:>8}" for T in iterations)]
+    lines += [f"  {f'trained at T = {T}':18s}" + "".join(f"{100 * miou:8.2f}" for miou in mious) + f"   {path}"
+              for path, T, mious in table]
+    return "\n".join(lines)
 
 
 def context_note(num_classes, miou):
@@ -245,12 +258,19 @@ def init_distributed(device_name):
     """rank, world size and device of this process: of torchrun's group, which is joined here, or of a lone process."""
     if "WORLD_SIZE" not in os.environ:
         return 0, 1, pick_device(device_name)
-    rank, world, local = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     device = pick_device(device_name)
+    if device.type == "mps":
+        raise UserError("several processes cannot share mps: use --device cpu, or one process")
     if device.type == "cuda":
-        device = torch.device("cuda", local % torch.cuda.device_count())
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=PATIENCE))
+    # Under torchrun --max-restarts the store outlives the processes. Each start gets a part of its own, or gloo would
+    # look for those that died at the addresses they left there.
+    timeout = timedelta(seconds=PATIENCE)
+    store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world,
+                            timeout=timeout)
     return rank, world, device
 
 
@@ -277,7 +297,8 @@ def parse_args():
                         "moves in the second decimal (default: off)")
     parser.add_argument("--bases", action="store_true", help="say what the bases do: their use, spread and rank")
     parser.add_argument("--save-png", metavar="DIR", help="write the predictions there as index PNGs, original size")
-    parser.add_argument("--submission", metavar="FILE", help="write the predictions as a .tar.gz for VOC's test server")
+    parser.add_argument("--submission", metavar="FILE", help="write the predictions of --split test as a .tar.gz "
+                        "for VOC's test server (and as PNGs into FILE_png/)")
     parser.add_argument("--workers", type=int, default=2, help="processes that decode ahead (default: 2)")
     parser.add_argument("--device", default="auto", help="auto (cuda, then mps, then cpu) or a torch device")
     return parser.parse_args()
@@ -302,6 +323,8 @@ def open_network(path, args):
         net.set_output_stride(args.output_stride)
     if args.em_iterations and not isinstance(net.attention, EMAU):
         raise UserError(f"--em-iterations: {path} has attention {net.config['attention']}, which has no EM rounds")
+    if args.workers < 0:
+        raise UserError(f"--workers {args.workers}: must be at least 0")
     if args.em_iterations and min(args.em_iterations) < 1:
         raise UserError(f"--em-iterations {min(args.em_iterations)}: at least one round is needed")
     return net
@@ -314,11 +337,13 @@ def main():
 
 def score(args):
     nets = [open_network(path, args) for path in args.ckpt]
+    if not args.dataset and len(names := {net.data.get("dataset", "unknown") for net in nets}) > 1:
+        raise UserError(f"the checkpoints are of {' and '.join(sorted(names))}: --dataset says what to score them on")
     data = [open_dataset(args, net) for net in nets][-1]          # opened for each: every class count has to fit
     if args.submission:
-        if data.name != "voc" or not args.submission.endswith((".tar.gz", ".tgz")):
-            raise UserError(f"--submission {args.submission}: it is for VOC's server, which takes a .tar.gz")
-        args.save_png = args.save_png or f"{args.submission}.png"
+        if (data.name, data.split) != ("voc", "test") or not args.submission.endswith((".tar.gz", ".tgz")):
+            raise UserError(f"--submission {args.submission}: is a .tar.gz of --dataset voc --split test")
+        args.save_png = args.save_png or args.submission.removesuffix(".tar.gz").removesuffix(".tgz") + "_png"
     if not (data.labelled or args.save_png):
         raise UserError(f"{data.name} {data.split} has no labels to score by: --save-png DIR writes the predictions")
     if args.save_png:
@@ -344,16 +369,14 @@ def score(args):
     if rank == 0 and data.labelled:
         for name, iou in zip(data.classes, result["iou"], strict=True):
             print(f"  {name:20s} " + ("     -  (does not occur)" if math.isnan(iou) else f"{100 * iou:6.2f}"))
-        if args.em_iterations or len(nets) > 1:                                # Fig. 4: T in training x in evaluation
-            print("  mIoU at T = " + "".join(f"{T or 'own':>8}" for T in args.em_iterations or [None]))
-            for path, T, mious in table:
-                print(f"  trained at T = {T:<2d}" + "".join(f"{100 * m:8.2f}" for m in mious)[4:] + f"   {path}")
+        if args.em_iterations or len(nets) > 1:
+            print(rounds_table(table, args.em_iterations or ["own"]))
         if data.name == "context":
             print(context_note(len(data.classes), result["miou"]))
         print(summary(data, result, args.ms_flip))
     elif rank == 0:
         print(f"wrote {len(data)} predictions to {args.save_png} (no labels to score them by)")
-    if world > 1:
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 

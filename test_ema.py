@@ -1787,7 +1787,7 @@ def test_folder_from_training_to_evaluation(run_folder, folder_root, tmp_path):
     assert sorted(path.name for path in run_folder.iterdir()) == ["last.before.pth", "last.pth", "log.jsonl", "model.pth"]
     assert list(log_of(run_folder, "loss")) == [1, 2, 3, 4, 5, 6] and list(log_of(run_folder, "val_miou")) == [4, 6]
     checkpoint = torch.load(run_folder / "model.pth", weights_only=True)
-    assert checkpoint["config"]["data"] == {"dataset": "folder", "classes": CLASSES}
+    assert checkpoint["config"]["data"] == {"dataset": "folder", "classes": CLASSES, "images": 7}
     out = succeed(tmp_path, f"evaluate.py --ckpt {run_folder}/model.pth --data-root {folder_root} --save-png png")
     *figures, images = last_line(out, "folder")
     assert figures == validation(run_folder) and images == 5 and all(name in out for name in CLASSES)
@@ -2153,6 +2153,14 @@ def test_rounds_at_evaluation(folder_root, tmp_path, tiny):
     assert found == alone and all(len(set(row)) > 1 for row in alone.values())
     own = last_line(succeed(tmp_path, f"{command} 1.pth", before=shrink), "folder")[0]
     assert own == found["1.pth"][0]                           # without the flag: the T it was trained with
+
+
+def test_table_of_rounds_shows_whole_numbers():
+    """Fig. 4: the table of T in training and evaluation, with figures of two digits before the point."""
+    lines = evaluate.rounds_table([("a.pth", 3, [0.7852, 0.8005]), ("b.pth", 16, [0.1, 1.0])], [1, 16]).splitlines()
+    assert [line.split() for line in lines] == [["mIoU", "at", "T", "=", "1", "16"],
+                                                ["trained", "at", "T", "=", "3", "78.52", "80.05", "a.pth"],
+                                                ["trained", "at", "T", "=", "16", "10.00", "100.00", "b.pth"]]
 
 
 def test_rounds_need_em(folder_root, tmp_path):
@@ -3413,6 +3421,6 @@ def test_strange_settings_in_a_checkpoint_are_refused(part, key, value, straight
     checkpoint["config"][part][key] = value
     torch.save(checkpoint, tmp_path / "strange.pth")
     args = type("Args", (), {"dataset": None, "data_root": folder_root, "split": None, "output_stride": None,
-                             "em_iterations": None})
+                             "em_iterations": None, "workers": 0})
     with pytest.raises(UserError, match=r"^[^\n]*$"):
         evaluate.open_dataset(args, evaluate.open_network(tmp_path / "strange.pth", args))

@@ -9,6 +9,7 @@ Writes to --out: model.pth (the network as last validated, for evaluate.py and v
 needed to go on) and log.jsonl (one line of numbers per printed line).
 """
 import argparse
+import functools
 import json
 import os
 import platform
@@ -28,7 +29,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from backbone import RESNETS, first_line
+from backbone import RESNETS, UserError, first_line
 from data import (
     DATASETS,
     IGNORE,
@@ -41,7 +42,7 @@ from data import (
     run,
     set_worker_apart,
 )
-from ema import EMANet, UserError, load_checkpoint, read_checkpoint, save_checkpoint
+from ema import EMANet, load_checkpoint, read_checkpoint, save_checkpoint
 from evaluate import (
     MS_SCALES,
     PATIENCE,
@@ -86,7 +87,7 @@ MAY_CHANGE = ("data_root", "workers", "device", "out", "resume", "eval_every", "
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog=recipe_table(), argument_default=None)
+                                     epilog=recipe_table())
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=DATASETS, default="scenes", help="data set (default: scenes, which needs no files)")
     add("--data-root", default="datasets", help="folder that holds the data set, see README (default: datasets)")
@@ -139,7 +140,11 @@ def parse_args():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
     args.out = args.out or f"out/{args.dataset}"
-    for key, least in {"iters": 1, "batch_size": 1, "accumulate": 1, "crop": 1, "eval_every": 1, "workers": 0}.items():
+    for key in ("em_iterations", "lam", "alpha", "base_update", "base_norm", "gradient"):
+        if args.attention != "emau" and getattr(args, key) != parser.get_default(key):
+            raise UserError(f"--{key.replace('_', '-')} is a setting of --attention emau, not of {args.attention}")
+    for key, least in {"em_iterations": 1, "num_bases": 1, "channels": 2, "crop": 1, "batch_size": 1, "accumulate": 1,
+                       "iters": 1, "eval_every": 1, "seed": 0, "workers": 0}.items():
         if getattr(args, key) < least:
             raise UserError(f"--{key.replace('_', '-')} {getattr(args, key)}: must be at least {least}")
     # The recipes' BN momentum is made for long runs: in a short one the statistics must arrive, 2% initial at its end.
@@ -176,8 +181,7 @@ def segmentation_loss(logits, label):
 
 def batch_loss(model, batch, device, amp):
     """The loss of a batch as the loader gives it: uint8 goes to the device and becomes numbers there."""
-    images, labels, boxes = batch                                              # (B, 3, crop, crop), (B, crop, crop)
-    images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+    images, labels, boxes = (part.to(device, non_blocking=True) for part in batch)     # (B, 3, ., .), (B, ., .), (B, 4)
     images = normalise(images, boxes).contiguous(memory_format=torch.channels_last)
     with torch.autocast(device.type, amp, enabled=amp is not None):
         return segmentation_loss(model(images), labels)
@@ -246,7 +250,7 @@ def find_checkpoint(args, say=print):
     return None
 
 
-def check_resumable(args, checkpoint, classes, say):
+def check_resumable(args, checkpoint, data, say):
     """UserError unless the checkpoint can go on under these settings as the experiment it is; tells what changed."""
     if "optimizer" not in checkpoint:
         raise UserError(f"{args.resume}: a network, not a run: --resume takes a last.pth, --init starts from a network")
@@ -258,17 +262,18 @@ def check_resumable(args, checkpoint, classes, say):
                             "settings, or start another run with --out DIR (and --init model.pth)")
         if before.get(key) != value and key not in ("out", "resume"):
             say(f"changed  {flag} from {before.get(key)} to {value}")
-    if checkpoint["config"]["data"].get("classes") != list(classes):
-        raise UserError(f"the run was started with other classes than {args.dataset} in {args.data_root} has now: "
-                        "start another run with --out DIR (and --init model.pth)")
+    for key, now in (("classes", list(data.classes)), ("images", len(data))):
+        if checkpoint["config"]["data"].get(key) != now:
+            raise UserError(f"the run was started with other {key} than {args.dataset} in {args.data_root} has now: "
+                            "start another run with --out DIR (and --init model.pth)")
 
 
-def load_init(net, path):
+def load_init(net, path, say=print):
     """Starts from the network of a checkpoint; the classifier afresh where the number of classes differs."""
     state, mine = load_checkpoint(path).state_dict(), net.state_dict()
     if state["classifier.bias"].shape != mine["classifier.bias"].shape:
-        print(f"{path} has {len(state['classifier.bias'])} classes, the data set {len(mine['classifier.bias'])}: "
-              "the classifier starts afresh")
+        say(f"{path} has {len(state['classifier.bias'])} classes, the data set {len(mine['classifier.bias'])}: "
+            "the classifier starts afresh")
         state |= {key: value for key, value in mine.items() if key.startswith("classifier.")}
     differ = [key for key in mine.keys() | state.keys()
               if key not in mine or key not in state or mine[key].shape != state[key].shape]
@@ -349,7 +354,8 @@ def train(args):
         raise UserError(f"{args.dataset} {args.split} has {len(data)} images, less than one batch of {args.batch_size}")
     val_list = Path(args.data_root) / "ImageSets" / "Segmentation" / "val.txt"
     if args.dataset == "folder" and not val_list.exists():
-        val = say(f"no validation: there is no list {val_list}")
+        val = None
+        say(f"no validation: there is no list {val_list}")
     else:
         val = build_dataset(args.dataset, args.data_root, context_classes=args.context_classes)
     if args.cache and not data.endless:
@@ -363,7 +369,14 @@ def train(args):
         dist.barrier()
     checkpoint = find_checkpoint(args, say)
     if checkpoint:
-        check_resumable(args, checkpoint, data.classes, say)
+        check_resumable(args, checkpoint, data, say)
+
+    if world > 1:                                                # on several machines each may have an --out of its own
+        starts = [None] * world
+        dist.all_gather_object(starts, checkpoint["iteration"] if checkpoint else 0)
+        if len(set(starts)) > 1:
+            raise UserError(f"the processes would go on at different iterations ({starts}): --out must be a folder "
+                            "that all machines share")
 
     # network. Only rank 0 needs weights: DistributedDataParallel hands its to all.
     weights = "none" if checkpoint or args.init or not master else args.weights
@@ -371,7 +384,7 @@ def train(args):
     if checkpoint:
         net.load_state_dict(checkpoint["model"])
     elif args.init:
-        load_init(net, args.init)
+        load_init(net, args.init, say)
     net.to(device, memory_format=torch.channels_last)
     sync_bn = world > 1 and device.type == "cuda"
     if sync_bn:
@@ -390,13 +403,15 @@ def train(args):
     local = args.batch_size // world // args.accumulate
     say(f"recipe   {args.dataset} {args.recipe}: {args.iters} iterations of {args.batch_size} crops of {args.crop} "
         f"pixels ({world} processes x {local} x {args.accumulate} parts), lr {args.lr} poly 0.9, seed {args.seed}")
+    em = (f" K={args.num_bases} T={args.em_iterations} lambda={args.lam:g} alpha={args.alpha:g} bases "
+          f"{args.base_update}, norm {args.base_norm}, gradient {args.gradient}") if args.attention == "emau" else ""
     say(f"network  {args.backbone}, {args.stem} stem, output stride {args.output_stride} (validation: "
-        f"{args.eval_output_stride}), {args.channels} channels, attention {args.attention} K={args.num_bases} "
-        f"T={args.em_iterations} lambda={args.lam:g} alpha={args.alpha:g} bases {args.base_update}, norm "
-        f"{args.base_norm}, gradient {args.gradient}{', decoder' * args.decoder}")
-    say(f"weights  {args.init or ('the checkpoint' if checkpoint else net.backbone.weights_origin)}")
+        f"{args.eval_output_stride}), {args.channels} channels, attention {args.attention}{em}"
+        f"{', decoder' * args.decoder}")
+    say(f"weights  {'the checkpoint' if checkpoint else args.init or net.backbone.weights_origin}")
     say(f"data     {data.name} {data.split}: {'endless' if data.endless else len(data)} images, "
-        f"{len(data.classes)} classes; validation: {len(val) if val else 'none'}")
+        f"{len(data.classes)} classes; validation: {len(val) if val else 'none'}"
+        + (" (images that are trained on, too)" if val and set(data.ids) & set(val.ids) and not data.endless else ""))
     say(f"BN       momentum {args.bn_momentum:g}, " + ("synchronised over the processes" if sync_bn else
         "per process: torch synchronises BN on GPUs only" if world > 1 else "one process"))
     say(f"machine  {world} x {device_name(device)}, {'bfloat16 autocast' if amp else 'float32'}, torch "
@@ -409,7 +424,8 @@ def train(args):
         say(f"going on at iteration {start}" + (f", with {world} processes, not {checkpoint['world']}: BN's statistics "
             "and rounding will differ" if checkpoint["world"] != world else ""), flush=True)
     config = {"network": net.config | {"output_stride": args.eval_output_stride},
-              "data": {"dataset": data.name, "classes": list(data.classes)}, "training": vars(args)}
+              "data": {"dataset": data.name, "classes": list(data.classes), "images": len(data)},
+              "training": vars(args)}
     log = Log(out / "log.jsonl", {"args": vars(args), "torch": torch.__version__, "device": device_name(device),
                                   "world": world}, start, not checkpoint or checkpoint["validated"]) if master else None
 
@@ -422,7 +438,7 @@ def train(args):
         if not values.isfinite().all():
             bad = done - len(window) + int(values.isfinite().logical_not().nonzero()[0])
             raise UserError(f"the loss of iteration {bad + 1} is not finite (images {image_ids(data, schedule, bad)}): "
-                            f"lower --lr or look at these images; {out}/last.pth is from before, --resume auto repeats")
+                            "lower --lr or look at these images; --resume auto goes on from the last checkpoint")
         return values
 
     def save(validated):
@@ -531,9 +547,10 @@ def train(args):
     say(f"done in {duration(time.time() - begun)}: wrote {out}/model.pth (the network), {out}/last.pth (to go on) and "
         f"{out}/log.jsonl (the numbers)")
     where = "" if args.dataset == "scenes" else f" --data-root {args.data_root}"
+    where += "" if val else f" --split {args.split}"
     say(f"next:    python evaluate.py --ckpt {out}/model.pth{where}\n"
         f"         python visualize.py --ckpt {out}/model.pth{where}")
-    if world > 1:
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 
@@ -599,7 +616,7 @@ def bench(args, seconds=8):
                 since = time.time()
                 count = function()
                 if device.type == "cuda":
-                    torch.cuda.synchronize()
+                    torch.cuda.synchronize(device)
                 rate.append(count / (time.time() - since))
         medians = [float(np.median(rate[1:])) for rate in rates]
         print(f"{name:34s}{medians[0]:9.2f}{medians[1]:10.2f}{medians[0] / medians[1]:8.2f}", flush=True)
@@ -629,20 +646,23 @@ def bench(args, seconds=8):
         return len(some)
 
     crops = torch.utils.data.default_collate([views[0][key] for key in next(keys)])
-    loaders = [iter(DataLoader(view, batch_sampler=Schedule(data, local, args.seed, 0, 10**6), num_workers=args.workers,
-                               pin_memory=device.type == "cuda")) for view in views]
+    floats = normalise(crops[0], crops[2]), crops[1]                           # the released loader's work
     supply = row("loading, one core", lambda: load(views[0]), lambda: load(views[1]))
     if args.cache and not data.endless:
         cached = TrainView(Cached(data, args.workers), args.crop, args.seed)
         row("loading, one core, --cache", lambda: load(cached), lambda: load(views[1]))
     demand = row("training step, data at hand", lambda: step(0, crops),
-                 lambda: step(1, (normalise(crops[0], crops[2]), crops[1])))
-    row(f"training with {args.workers} loader workers", lambda: step(0, next(loaders[0])),
+                 lambda: step(1, floats))
+    loaders = [iter(DataLoader(view, batch_sampler=Schedule(data, local, args.seed, 0, 10**6), num_workers=args.workers,
+                               pin_memory=device.type == "cuda")) for view in views]
+    row(f"training with {args.workers} workers for each", lambda: step(0, next(loaders[0])),
         lambda: step(1, next(loaders[1])))
+    loaders.clear()                                                            # ends their workers
     for net in nets:
         net.set_output_stride(args.eval_output_stride)
-    row("evaluation, single scale, --amp", lambda: evaluation(0, False), lambda: evaluation(1, False))
-    row("evaluation, ms-flip, --amp", lambda: evaluation(0, True), lambda: evaluation(1, True))
+    for ms_flip, name in ((False, "evaluation, single scale"), (True, "evaluation, ms-flip")):
+        row(name + ", bf16" * bool(amp), functools.partial(evaluation, 0, ms_flip),
+            functools.partial(evaluation, 1, ms_flip))
     print(f"\nThe training step limits: one core loads {supply / demand:.1f} times what it takes." if supply > demand
           else f"\nLoading limits: the step takes what {demand / supply:.1f} cores load; --workers "
           f"{int(demand / supply) + 1} or more, or --cache.")

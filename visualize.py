@@ -18,10 +18,22 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
-from backbone import first_line
-from data import DATASETS, IGNORE, normalise, overlay, palette_of, pick_device, read_image, run, save_index_png
-from ema import EMAU, UserError, load_checkpoint
-from evaluate import open_dataset, pad
+from backbone import UserError, first_line
+from data import (
+    CLASSES,
+    DATASETS,
+    IGNORE,
+    class_names,
+    normalise,
+    overlay,
+    palette_of,
+    pick_device,
+    read_image,
+    run,
+    save_index_png,
+)
+from ema import EMAU, load_checkpoint
+from evaluate import open_dataset, pad, padded_sizes
 
 GAP, TEXT = 8, 13                       # pixels: space between panels, height of letters
 LINES = [(178, 34, 34), (31, 90, 180), (34, 139, 34), (218, 140, 0), (128, 0, 128), (0, 150, 150)]     # of curves
@@ -64,8 +76,7 @@ def choose_bases(wanted, zs, count=4):
 
 def responsibility_maps(z, bases, size):
     """The maps of some bases at image size: z (T, K, h, w) -> (T, len(bases), H, W)."""
-    padded = [side + -(side - 1) % 8 for side in size]                         # as evaluate.pad does
-    maps = F.interpolate(z[:, bases], padded, mode="bilinear", align_corners=True)
+    maps = F.interpolate(z[:, bases], padded_sizes(size, False), mode="bilinear", align_corners=True)
     return maps[:, :, :size[0], :size[1]]
 
 
@@ -240,6 +251,8 @@ def main():
     net, device = load_checkpoint(args.ckpt), pick_device(args.device)
     if args.image:
         classes = net.data.get("classes") or [f"class {c}" for c in range(net.config["num_classes"])]
+        if args.dataset in CLASSES and len(class_names(args.dataset)) == len(classes):     # for a released file
+            classes = class_names(args.dataset)
         items = ((name, image, None, original) for name, image, original in own_images(args.image, args.size))
     else:
         data = open_dataset(args, net)
@@ -251,7 +264,8 @@ def main():
     seen = []
     for name, image, label, original in items:
         prediction, z = look(net, image.to(device))
-        seen += [(name, image, z)] if z is not None else []
+        if z is not None and len(seen) < 8:
+            seen.append((name, image, z))
         bases = choose_bases(args.bases, [z]) if z is not None else []
         picture(image, label, prediction, z, bases, classes).save(out / f"{name}.png")
         full = F.interpolate(prediction[None, None], tuple(original), mode="nearest-exact")[0, 0]    # (H, W)
@@ -259,7 +273,7 @@ def main():
         print(f"wrote {out}/{name}.png and {name}_prediction.png", flush=True)
     if len(seen) > 1:
         bases = choose_bases(args.bases, [z for _, _, z in seen])
-        bases_over_images(seen[:8], bases).save(out / "bases.png")
+        bases_over_images(seen, bases).save(out / "bases.png")
         print(f"wrote {out}/bases.png: the same bases over these images")
 
 
