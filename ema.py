@@ -67,8 +67,8 @@ class EMAU(nn.Module):
             z, mu = self.run_em(self, x)                                       # (B, N, K), (B, C, K)
             if self.training and self.base_update == "average":
                 self.update_bases(mu.detach())
-            x = z @ mu.transpose(1, 2)                                         # (B, N, C)  re-estimation, Eq. 14
-        x = F.relu(x).transpose(1, 2).unflatten(2, residual.shape[2:])         # (B, C, H, W)
+            x = self.re_estimate(z, mu, like=x)                                # (B, C, N)
+        x = F.relu(x).unflatten(2, residual.shape[2:])                         # (B, C, H, W)
         return F.relu(residual + self.conv2(x))
 
     def pixels(self, x):
@@ -96,6 +96,12 @@ class EMAU(nn.Module):
     def m_step(self, x, z):
         """Bases (Eq. 13): the z-weighted mean of the pixels, then normalised (Sec. 5.3)."""
         return self.normalise(x.transpose(1, 2) @ z, z)                        # (B, C, K)
+
+    def re_estimate(self, z, mu, like):
+        """X~ = Z mu^T (Eq. 14), transposed: in memory as the pixels `like` are, so that no layout has to change."""
+        if like.is_contiguous():                                               # channels_last
+            return (z @ mu.transpose(1, 2)).transpose(1, 2)                    # (B, C, N)
+        return mu @ z.transpose(1, 2)                                          # (B, C, N)
 
     @torch.no_grad()
     def update_bases(self, mu):
