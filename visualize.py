@@ -92,7 +92,7 @@ def picture(image, label, prediction, z, bases, classes):
     if z is not None:
         for k, maps in zip(bases, responsibility_maps(z, bases, image.shape[1:]).unbind(1), strict=True):   # (T, H, W)
             top = max(maps.max().item(), 1e-6)                                 # one scale per basis, so rounds compare
-            rows.append([(heat(m / top), f"basis {k}, t = {t}" + f" (white: {top:.2f})" * (t == 1))
+            rows.append([(heat(m / top), f"basis {k}, t = {t}" + f" (brightest: {top:.2f})" * (t == 1))
                          for t, m in enumerate(maps, 1)])
     shown = torch.cat([prediction.flatten(), label.flatten()] if label is not None else [prediction.flatten()])
     present = [int(c) for c in shown.unique() if c != IGNORE]
