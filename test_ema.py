@@ -1341,6 +1341,14 @@ def test_crops_depend_on_seed_and_iteration_alone(folder_root):
     assert not any(torch.equal(a, b) for a, b in zip(plain, epoch_of(folder_root, 0, seed=4), strict=True))
 
 
+def test_cached_data_give_the_same_crops(folder_root):
+    """--cache: images kept decoded give the very crops that the files give."""
+    files = build_dataset("folder", folder_root, "train")
+    views = [TrainView(kept, 33, 5) for kept in (files, data.Cached(files, 1))]
+    for key in ((i, i) for i in range(7)):
+        assert all(torch.equal(a, b) for a, b in zip(views[0][key], views[1][key], strict=True))
+
+
 def test_schedule_shows_every_image_once_per_epoch():
     """Sec. 6.1: an epoch holds no image twice and leaves out less than a batch, in a new order every time."""
     batches = list(Schedule(range_like(11), 3, 0, 0, 9))
@@ -1902,6 +1910,16 @@ def test_curves_of_a_run(run_folder, tmp_path):
     (tmp_path / "number.jsonl").write_text("1\n")
     for name in ("text.jsonl", "number.jsonl", "nothing.jsonl"):
         fail(tmp_path, f"visualize.py --log {name} --out .", name)
+
+
+def test_benchmark_measures_every_stage(folder_root, capsys, monkeypatch):
+    """--bench: a table of images/s, ours beside the released way, and what limits."""
+    monkeypatch.setattr(sys, "argv", shlex.split(f"{TRAIN} --data-root {folder_root} --bench --cache --workers 1"))
+    train.bench(train.parse_args(), seconds=0)
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line for line in lines if re.search(r"( +\d+\.\d\d){3}$", line)]
+    assert [row.split()[0] for row in rows] == ["loading,"] * 2 + ["training"] * 2 + ["evaluation,"] * 2
+    assert "limit" in lines[-1]
 
 
 # Going on
