@@ -1664,7 +1664,7 @@ def test_metric_by_hand():
 
 
 def protocol(net, image, scales, mirrors):
-    """PAPER.md, Evaluation, one view at a time."""
+    """The protocol of six scales and mirror images, written out one view at a time."""
     height, width = image.shape[1:]
     mean, std = (255 * torch.tensor(v)[:, None, None] for v in (data.MEAN, data.STD))
     total = torch.zeros(net.config["num_classes"], height, width)
