@@ -152,5 +152,7 @@ def file_weights(path, stem):
 
 def first_line(error):
     """The first words of a library's message that may run over many lines."""
+    if "weights_only" in str(error):                 # torch's advice there is to load it without protection: never
+        return "it holds other things than tensors and plain values"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[:2])[:200]
