@@ -2020,6 +2020,7 @@ def test_two_processes_end_with_one_network(folder_root, tmp_path):
     command = f"{TRAIN} --data-root {folder_root} --iters 3 --batch-size 4 --accumulate 2"
     (status, out, err), (other, silent, _) = python(tmp_path, command, partial(keep_states, tmp_path), world=2)
     assert status == other == 0, err
+    silent = [line for line in silent.splitlines() if not line.startswith("[Gloo]")]      # torch 2.10 says it everywhere
     assert "2 processes x 1 x 2 parts" in out and not silent
     (before, after), (before_other, after_other) = (torch.load(tmp_path / f"state{rank}.pt") for rank in (0, 1))
     for key in after:
