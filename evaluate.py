@@ -377,6 +377,7 @@ def score(args):
     elif rank == 0:
         print(f"wrote {len(data)} predictions to {args.save_png} (no labels to score them by)")
     if dist.is_initialized():
+        dist.barrier()                    # nobody leaves while another still talks to it
         dist.destroy_process_group()
 
 

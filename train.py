@@ -551,6 +551,7 @@ def train(args):
     say(f"next:    python evaluate.py --ckpt {out}/model.pth{where}\n"
         f"         python visualize.py --ckpt {out}/model.pth{where}")
     if dist.is_initialized():
+        dist.barrier()                    # nobody leaves while another still talks to it (torch 2.10's gloo can hang)
         dist.destroy_process_group()
 
 
