@@ -34,7 +34,6 @@ MS_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)           # of two forks of the re
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Inference and the metric
-@torch.no_grad()
 def predict(net, image, ms_flip=False):
     """Logits of one whole image: uint8 (3, H, W) on the network's device -> float (L, H, W).
 
@@ -50,10 +49,10 @@ def predict_batch(net, images, ms_flip=False, iterations=(None,), amp=None):
     totals, own = [[0] * len(images) for _ in iterations], getattr(net.attention, "iterations", None)
     originals = [normalise(image[None]) for image in images]                   # (1, 3, H, W) each
     for scale in MS_SCALES if ms_flip else (1.0,):
-        views = torch.cat([pad(resize(image, scale)) for image in originals])              # (B, 3, 8k+1, 8l+1)
+        views = [resize(image, scale) for image in originals]                  # (1, 3, h, w) each
         if ms_flip:
-            mirrored = [pad(resize(image, scale).flip(3)) for image in originals]
-            views = torch.cat([views, *mirrored])                              # (2B, 3, 8k+1, 8l+1)
+            views += [view.flip(3) for view in views]
+        views = torch.cat([pad(view) for view in views])                       # (B or 2B, 3, 8k+1, 8l+1)
         with torch.autocast(views.device.type, amp, enabled=amp is not None):
             features = net.features(views)                                     # (B or 2B, C, k+1, l+1) at stride 8
             for T, total in zip(iterations, totals, strict=True):

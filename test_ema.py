@@ -326,8 +326,7 @@ def own_release(releases, tmp_path):
 
 def write_network(path, num_classes, **options):
     """A checkpoint of a small untrained network."""
-    net = small_net(num_classes, **options)
-    save_checkpoint({"model": net.state_dict(), "config": {"network": net.config, "data": {}}}, path)
+    write_net(small_net(num_classes, **options), path, trained_on={})
     return path
 
 
@@ -470,8 +469,9 @@ def random_em(seed, images, pixels, channels, bases, iterations, lam, scale=2.0,
     return unit, scale * torch.randn(images, pixels, channels).double()
 
 
-def write_net(net, path):
-    save_checkpoint({"model": net.state_dict(), "config": {"network": net.config, "data": {"dataset": "folder"}}}, path)
+def write_net(net, path, trained_on=None):
+    save_checkpoint({"model": net.state_dict(), "config": {"network": net.config,
+                     "data": {"dataset": "folder"} if trained_on is None else trained_on}}, path)
 
 
 def von_mises_fisher(x, mu, concentration):
