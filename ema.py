@@ -264,8 +264,8 @@ class EMANet(nn.Module):
     def head(self, x):
         """Attention and classifier: features (B, C, H/S, W/S) -> logits (B, L, H/S, W/S) in at least float32."""
         x = self.decoder(self.attention(x))                                    # (B, C or 256, H/S, W/S)
-        logits = self.classifier(x)                                            # (B, L, H/S, W/S)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))     # bfloat16 steps would show after scaling
+        with full_precision(x):                            # bfloat16 logits would show as steps after scaling, and tie
+            return self.classifier(x.to(torch.promote_types(x.dtype, torch.float32)))      # (B, L, H/S, W/S)
 
     def set_output_stride(self, output_stride):
         """Changes the output stride (8, 16, 32) of the network, trained or not: dilations hold no weights."""
