@@ -34,11 +34,12 @@ class DilatedResNet(nn.Module):
     in:  images (B, 3, H, W), normalised
     out: features (B, C, ceil(H / S), ceil(W / S)), C = `out_channels`: 512 for ResNet-18/34, else 2048
 
+    layers: 4, or 2 for a small network that ends after layer2, at stride 8, with a quarter of the channels.
     stem: "7x7" (torchvision) or "deep": three 3x3 convolutions 64-64-128, as in the released EMANet.
     weights: "imagenet" (torchvision IMAGENET1K_V1), "imagenet-v2", a file, or "none" (random).
     """
 
-    def __init__(self, name="resnet101", stem="7x7", weights="none", output_stride=8):
+    def __init__(self, name="resnet101", stem="7x7", weights="none", output_stride=8, layers=4):
         super().__init__()
         if name not in RESNETS or stem not in ("7x7", "deep"):
             raise UserError(f"backbone {name!r} with stem {stem!r} is unknown: choose one of {', '.join(RESNETS)} "
@@ -48,7 +49,10 @@ class DilatedResNet(nn.Module):
             deepen_stem(net)
         for part in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
             setattr(self, part, getattr(net, part))
-        self.out_channels = net.fc.in_features
+        self.out_channels, self.left_out = net.fc.in_features, ("fc.",)
+        if layers == 2:
+            self.layer3 = self.layer4 = nn.Identity()
+            self.out_channels, self.left_out = net.fc.in_features // 4, ("fc.", "layer3.", "layer4.")
         self.weights_origin = self.load(name, stem, weights)
         self.set_output_stride(output_stride)
 
@@ -64,6 +68,8 @@ class DilatedResNet(nn.Module):
         changed: train at 16, evaluate at 8 (Sec. 6.1)."""
         if output_stride not in (8, 16, 32):
             raise UserError(f"output stride {output_stride} is not available: choose 8, 16 or 32")
+        if isinstance(self.layer3, nn.Identity):                   # ends at stride 8
+            return
         stride3, stride4 = {32: (2, 2), 16: (2, 1), 8: (1, 1)}[output_stride]
         rate3, rate4 = 2 // stride3, 32 // output_stride           # what dilation has to make up for
         set_rates(self.layer3, stride3, [1] + [rate3] * (len(self.layer3) - 1))
@@ -79,7 +85,7 @@ class DilatedResNet(nn.Module):
             state, origin = torchvision_weights(name, stem, weights)
         else:
             state, origin = file_weights(Path(weights), stem)
-        state = {key: value for key, value in state.items() if not key.startswith("fc.")}
+        state = {key: value for key, value in state.items() if not key.startswith(self.left_out)}
         try:
             self.load_state_dict(state, strict=True)
         except RuntimeError as error:

@@ -31,12 +31,14 @@ ILLEGAL = 254                     # in a label table: a value that must not occu
 MAX_PIXELS = 100_000_000          # of one image or label
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)          # ImageNet's, of images in 0..1
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)                   # of the training view (released code's seven steps)
-DATASETS = ("scenes", "voc", "context", "cocostuff", "cocostuff164k", "coco2voc", "folder")
+DATASETS = ("scenes", "cells", "cells-key", "cells-local", "voc", "context", "cocostuff", "cocostuff164k", "coco2voc",
+            "folder")
 
 Image.MAX_IMAGE_PIXELS = None     # MAX_PIXELS takes its place
 
 CLASSES = {  # names in the order of the class indices
     "scenes": "sky, sea, grass, sand, mountain, tree, house, boat, sun",
+    **dict.fromkeys(("cells", "cells-key", "cells-local"), "dark stripes, bright stripes, lines, checks"),
     "voc": "background, aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, diningtable, dog, horse, "
            "motorbike, person, pottedplant, sheep, sofa, train, tvmonitor",
     "context": (  # the order of the release's 59_labels.txt
@@ -72,7 +74,8 @@ OFFICIAL = {  # images per split, as the authors count them
     "context": {"train": 4998, "val": 5105, "trainval": 10103},
     "cocostuff": {"train": 9000, "test": 1000, "all": 10000},
     "cocostuff164k": {"train": 118287, "val": 5000}, "coco2voc": {"train": 118287, "val": 5000},
-    "folder": {"train": None, "val": None}, "scenes": {"train": None, "val": 64}}
+    "folder": {"train": None, "val": None}, "scenes": {"train": None, "val": 64},
+    **{name: {"train": None, "val": 400} for name in ("cells", "cells-key", "cells-local")}}
 VAL_SPLIT = {"cocostuff": "test"}          # what others call val; elsewhere it is "val"
 
 
@@ -90,8 +93,8 @@ def build_dataset(name, root="datasets", split=None, context_classes=59):
     context_classes: 59, or 60 to learn everything else as a class of its own (PASCAL Context only).
     """
     split = split or VAL_SPLIT.get(name, "val")
-    if name == "scenes":
-        return Scenes(split)
+    if name in DRAWN:
+        return Drawn(name, split)
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"no folder {root}: --data-root names the folder that holds the data set (README, Data)")
@@ -589,26 +592,67 @@ def draw_scene(index, key=0, size=(96, 128)):
     return image.clip(0, 255).astype(np.uint8), label
 
 
-class Scenes(Dataset):
-    """Miniature landscapes, drawn as they are asked for. Training: endless; validation: always the same 64."""
-    name, classes, labelled, scales = "scenes", class_names("scenes"), True, (1.0,)
+# ---------------------------------------------------------------------------------------------------------------------
+# Cells
+# A task with known answers, for attention and nothing else: about 40 cells, half of them striped. The striped cells of an
+# image are all of class 0 or all of class 1, which differ by `shift` in the mean of a cell's brightness, itself of
+# deviation 1: with shift 0.5 one cell tells 60% (the normal distribution's Phi(shift / 2)), the mean of twenty 87%
+# (Phi(shift / 2 * sqrt(20))). Only who looks all over the image, at stripes alone, gets there.
+CELL_SHIFTS = {"cells": 0.5,            # pool: many weak witnesses
+               "cells-key": 0.0,        # key: the square in a corner decides, black or white
+               "cells-local": 4.0}      # a control: every cell tells by itself (98%)
+CELL_UNIT = 16                          # grey levels
 
-    def __init__(self, split):
+
+def draw_cells(index, key, shift, side=193):
+    """Paints picture `index` of the endless series `key` (0: training, 1: validation); same arguments, same bytes.
+
+    Returns the image, uint8 (H, W, 3), and its label, uint8 (H, W): 0 or 1 striped, 2 lines, 3 checks, IGNORE the square.
+    """
+    rng = np.random.default_rng([key, index])
+    bright = index % 2                                                         # the class of all striped cells
+    count = rng.integers(36, 45)
+    at = rng.uniform(0, side, (2, count, 1)).astype(np.float32)                # centres of the cells
+    y, x = ((np.arange(side, dtype=np.float32) - centre) ** 2 for centre in at)            # (count, side) each
+    cell = (y[:, :, None] + x[:, None]).argmin(0)                              # (H, W)  the nearest centre's number
+    texture = rng.choice(3, count, p=(0.5, 0.25, 0.25))
+    brightness = rng.normal(size=count) + (texture == 0) * shift * (bright - 0.5)
+    row, column = np.indices((side, side)) // 2 % 2                            # stripes of two pixels
+    pattern = np.stack([column, row, row ^ column])[texture[cell], np.arange(side)[:, None], np.arange(side)]    # (H, W)
+    image = 128 + CELL_UNIT * (brightness[cell] + 2 * pattern - 1) + rng.normal(0, 4, (side, side))
+    label = np.where(texture == 0, bright, texture + 1).astype(np.uint8)[cell]
+    if shift == 0:
+        image[:16, :16], label[:16, :16] = 255 * bright, IGNORE
+    return np.repeat(image.clip(0, 255).astype(np.uint8)[..., None], 3, axis=2), label
+
+
+# Function (index, key) -> image, label; number of pictures to validate on
+DRAWN = {"scenes": (functools.partial(draw_scene, size=(97, 129)), 64),
+         **{name: (functools.partial(draw_cells, shift=shift), 400) for name, shift in CELL_SHIFTS.items()}}
+
+
+class Drawn(Dataset):
+    """Pictures drawn as they are asked for. Training: endless; validation: always the same."""
+    labelled, scales = True, (1.0,)
+
+    def __init__(self, name, split):
         if split not in ("train", "val"):
-            raise UserError(f"scenes has no split {split!r}: there are train and val")
-        self.split, self.key, self.endless = split, int(split == "val"), split == "train"
-        self.ids = [f"scene{i:02d}" for i in range(64)]
+            raise UserError(f"{name} has no split {split!r}: there are train and val")
+        self.name, self.split, self.classes = name, split, class_names(name)
+        self.key, self.endless = int(split == "val"), split == "train"
+        self.draw, count = DRAWN[name]
+        self.ids = [f"{name}{i:02d}" for i in range(count)]
 
     def __len__(self):
-        return 64
+        return len(self.ids)
 
     def __getitem__(self, i):
         image, label = self.read(i)
         return image, torch.from_numpy(label)
 
     def read(self, i):
-        image, label = draw_scene(i, self.key, size=(97, 129))
-        return torch.from_numpy(image).permute(2, 0, 1), label                 # (3, 97, 129), (97, 129)
+        image, label = self.draw(i, self.key)
+        return torch.from_numpy(image).permute(2, 0, 1), label                 # (3, H, W), (H, W)
 
     def to_classes(self, label, i):
         return label

@@ -238,10 +238,10 @@ class EMANet(nn.Module):
 
     def __init__(self, num_classes, backbone="resnet101", stem="7x7", weights="none", output_stride=8, channels=512,
                  attention="emau", num_bases=64, em_iterations=3, lam=1.0, alpha=0.9, base_update="average",
-                 base_norm="l2", gradient="none", decoder=False, bn_momentum=3e-4):
+                 base_norm="l2", gradient="none", decoder=False, bn_momentum=3e-4, layers=4):
         super().__init__()
         self.config = {key: value for key, value in locals().items() if key not in ("self", "__class__", "weights")}
-        self.backbone = DilatedResNet(backbone, stem, weights, output_stride)
+        self.backbone = DilatedResNet(backbone, stem, weights, output_stride, layers)
         self.reduce = conv_bn_relu(self.backbone.out_channels, channels)
         self.attention = {
             "emau": lambda: EMAU(channels, num_bases, em_iterations, lam, alpha, base_update, base_norm, gradient),

@@ -24,7 +24,17 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 from backbone import UserError, first_line
-from data import DATASETS, build_dataset, normalise, palette_of, pick_device, run, save_index_png, set_worker_apart
+from data import (
+    CELL_SHIFTS,
+    DATASETS,
+    build_dataset,
+    normalise,
+    palette_of,
+    pick_device,
+    run,
+    save_index_png,
+    set_worker_apart,
+)
 from ema import EMAU, base_statistics, full_precision, load_checkpoint
 
 PATIENCE = 600                                          # seconds after which a process that hangs ends the job
@@ -121,7 +131,7 @@ def confusion_matrix(prediction, label, num_classes):
 
 
 def scores(confusion):
-    """mIoU, pixel accuracy, mean accuracy (0..1) and IoU per class (L,) of a confusion matrix (L, L).
+    """mIoU, pixel accuracy, mean accuracy (0..1), IoU and accuracy per class (L,) of a confusion matrix (L, L).
 
     A class that occurs neither in the labels nor in the predictions has IoU nan and does not count in the mean.
     """
@@ -129,7 +139,7 @@ def scores(confusion):
     hits, labelled, predicted = confusion.diag(), confusion.sum(1), confusion.sum(0)       # (L,) each
     iou = hits / (labelled + predicted - hits)                                             # (L,)
     return {"miou": iou.nanmean().item(), "pixacc": (hits.sum() / labelled.sum()).item(),
-            "macc": (hits / labelled).nanmean().item(), "iou": iou.tolist()}
+            "macc": (hits / labelled).nanmean().item(), "iou": iou.tolist(), "acc": (hits / labelled).tolist()}
 
 
 @torch.no_grad()
@@ -215,12 +225,18 @@ def rounds_table(table, iterations):
     return "\n".join(lines)
 
 
-def context_note(num_classes, miou):
-    """Which of the figures in use for PASCAL Context this is."""
-    if num_classes == 60:
+def note(data, result):
+    """A line on what a score means, for the data sets where one has to know; else None."""
+    if data.name in CELL_SHIFTS:
+        one, twenty = (50 + 50 * math.erf(CELL_SHIFTS[data.name] / 2 * math.sqrt(n / 2)) for n in (1, 20))
+        return (f"  striped cells: {50 * sum(result['acc'][:2]):.1f}% right, of which 50% is chance; the brightness of one "
+                f"cell tells {one:.0f}%, that of twenty {twenty:.0f}%")
+    if data.name != "context":
+        return None
+    if len(data.classes) == 60:
         return "  60 classes: everything else is learned and scored as a class of its own"
     return (f"  59 classes, everything else ignored. EncNet and its followers print mIoU x 59/60, here "
-            f"{100 * miou * 59 / 60:.2f}, as '60 classes'; the paper does not say which of these its 53.1 is")
+            f"{100 * result['miou'] * 59 / 60:.2f}, as '60 classes'; the paper does not say which of these its 53.1 is")
 
 
 def pack_submission(data, folder, path):
@@ -370,8 +386,8 @@ def score(args):
             print(f"  {name:20s} " + ("     -  (does not occur)" if math.isnan(iou) else f"{100 * iou:6.2f}"))
         if args.em_iterations or len(nets) > 1:
             print(rounds_table(table, args.em_iterations or ["own"]))
-        if data.name == "context":
-            print(context_note(len(data.classes), result["miou"]))
+        if line := note(data, result):
+            print(line)
         print(summary(data, result, args.ms_flip))
     elif rank == 0:
         print(f"wrote {len(data)} predictions to {args.save_png} (no labels to score them by)")

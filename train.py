@@ -31,7 +31,9 @@ from torch.utils.data import DataLoader
 
 from backbone import RESNETS, UserError, first_line
 from data import (
+    CELL_SHIFTS,
     DATASETS,
+    DRAWN,
     IGNORE,
     Cached,
     Schedule,
@@ -53,6 +55,7 @@ from evaluate import (
     faults_named,
     init_distributed,
     look_at_bases,
+    note,
     pad,
     pick_amp,
     predict_batch,
@@ -63,7 +66,7 @@ from evaluate import (
 # The recipes. "paper": the paper's own settings (Sec. 6.1); "released": those of the released code where it differs.
 PAPER = {"split": "trainaug", "backbone": "resnet101", "stem": "7x7", "weights": "imagenet", "output_stride": 16,
          "eval_output_stride": 8, "crop": 513, "batch_size": 16, "iters": 30000, "lr": 0.009, "bn_momentum": 3e-4,
-         "channels": 512, "decoder": False, "eval_every": 3000}
+         "channels": 512, "decoder": False, "eval_every": 3000, "layers": 4}
 RECIPES = {
     ("voc", "paper"): PAPER,
     ("voc", "released"): PAPER | {"output_stride": 8, "stem": "deep", "weights": "resnet101-2a57e44d.pth",
@@ -80,6 +83,9 @@ RECIPES = {
     ("scenes", "paper"): PAPER | {"split": "train", "backbone": "resnet18", "weights": "none", "output_stride": 8,
                                   "crop": 97, "iters": 400, "lr": 0.1, "channels": 128, "eval_every": 200},
 }
+# Cells ask whether attention brings in what lies far away: a network that by itself sees little of the image.
+RECIPES |= {(name, "paper"): RECIPES["scenes", "paper"] | {"layers": 2, "crop": 193, "batch_size": 8, "iters": 1200,
+                                                           "lr": 0.03, "eval_every": 1200} for name in CELL_SHIFTS}
 SAVE_EVERY = 1000             # iterations between two last.pth at most, however rare the validations are
 # What may differ between the command that began a run and the one that goes on with it
 MAY_CHANGE = ("data_root", "workers", "device", "out", "resume", "eval_every", "compile", "cache", "bench")
@@ -154,12 +160,12 @@ def parse_args():
 
 def recipe_table():
     """The recipes as text, for --help."""
-    keys = [key for key in PAPER if key not in ("bn_momentum", "eval_output_stride", "decoder", "weights")]
+    keys = [key for key in PAPER if key not in ("bn_momentum", "eval_output_stride", "decoder", "weights", "layers")]
     rows = [["* by recipe", *(key.replace("_", "-") for key in keys)]]
     rows += [[" ".join(name), *(str(recipe[key]) for key in keys)] for name, recipe in RECIPES.items()]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(f"{cell:{width}s}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*lines, "", "ImageNet weights, but none for scenes; released: those of a file, and the decoder."])
+    return "\n".join([*lines, "", "ImageNet weights, but none for scenes and cells; released: those of a file, and the decoder."])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -167,7 +173,7 @@ def recipe_table():
 def build_network(args, num_classes, weights):
     return EMANet(num_classes, args.backbone, args.stem, weights, args.output_stride, args.channels, args.attention,
                   args.num_bases, args.em_iterations, args.lam, args.alpha, args.base_update, args.base_norm,
-                  args.gradient, args.decoder, args.bn_momentum)
+                  args.gradient, args.decoder, args.bn_momentum, args.layers)
 
 
 def segmentation_loss(logits, label):
@@ -216,7 +222,7 @@ def prepare_out(args):
             and Path(args.resume).resolve().parent != out.resolve():
         raise UserError(f"{out} holds another run than {args.resume}: --out DIR goes on elsewhere")
     if any((out / name).exists() for name in ("last.pth", "model.pth", "log.jsonl")) and not args.resume:
-        if args.dataset != "scenes":
+        if args.dataset not in DRAWN:
             raise UserError(f"{out} holds a run already: --resume auto goes on with it, --out DIR starts another one")
         number = next(n for n in range(1, 10**6) if not Path(f"{out}-{n}").exists())
         out.rename(f"{out}-{number}")
@@ -464,8 +470,10 @@ def train(args):
             net.set_output_stride(args.output_stride)
             best = max(best, result["miou"])
             initial = (1 - args.bn_momentum) ** (done * args.accumulate)
-            note = f" | BN statistics are {100 * initial:.0f}% initial" if initial > 0.03 else ""
-            say(summary(val, result) + note, flush=True)
+            unsettled = f" | BN statistics are {100 * initial:.0f}% initial" if initial > 0.03 else ""
+            if line := note(val, result):
+                say(line)
+            say(summary(val, result) + unsettled, flush=True)
             if bases:
                 say(bases_line(bases, args.num_bases), flush=True)
             if master:
@@ -546,7 +554,7 @@ def train(args):
 
     say(f"done in {duration(time.time() - begun)}: wrote {out}/model.pth (the network), {out}/last.pth (to go on) and "
         f"{out}/log.jsonl (the numbers)")
-    where = "" if args.dataset == "scenes" else f" --data-root {args.data_root}"
+    where = "" if args.dataset in DRAWN else f" --data-root {args.data_root}"
     where += "" if val else f" --split {args.split}"
     say(f"next:    python evaluate.py --ckpt {out}/model.pth{where}\n"
         f"         python visualize.py --ckpt {out}/model.pth{where}")

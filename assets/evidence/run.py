@@ -1,0 +1,113 @@
+"""Runs the experiments of this folder: train.py for every arm and seed, one line of results per run.
+
+    python assets/evidence/run.py cells --jobs 2                       # resumes: what has a line is not run again
+    python assets/evidence/run.py cells --table                        # mean, deviation, paired difference, of what is there
+    python assets/evidence/run.py camvid --data-root DIR
+
+Writes EXPERIMENT.jsonl here; the networks and full logs go to out/evidence/EXPERIMENT-ARM-SEED (`--out` of train.py).
+"""
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+ARMS = {  # flags of train.py. Learned differently, or something else in the place of EMAU
+    "none": "--attention none", "emau-none": "", "emau-last": "--gradient last", "emau-full": "--gradient full",
+    "a2": "--attention a2", "nonlocal": "--attention nonlocal"}
+SWEEP = {f"{arm}-lam{lam}": f"{ARMS[arm]} --lam {lam}" for arm in ("emau-none", "emau-last", "emau-full")
+         for lam in (4, 16)}
+CELLS = "--iters 400 --eval-every 400 --workers 1"
+CAMVID = ("--dataset folder --backbone resnet18 --weights none --output-stride 8 --channels 128 --crop 161 --batch-size 8 "
+          "--lr 0.03 --iters 300 --eval-every 300 --workers 1 --cache")
+EXPERIMENTS = {  # name: flags of all runs, {arm: its flags}, seeds
+    "cells": ("--dataset cells " + CELLS, ARMS, 5),
+    "cells-key": ("--dataset cells-key " + CELLS, ARMS, 5),
+    "cells-sweep": ("--dataset cells " + CELLS, SWEEP, 3),
+    "cells-key-sweep": ("--dataset cells-key " + CELLS, SWEEP, 3),
+    "cells-local": ("--dataset cells-local " + CELLS, {arm: ARMS[arm] for arm in ("none", "emau-none", "emau-full")}, 2),
+    "camvid": (CAMVID, ARMS, 3)}
+
+
+def lines(name):
+    path = HERE / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def run(name, arm, seed, flags, data_root):
+    """One run of train.py, resumed if it was interrupted; its last validation becomes a line of NAME.jsonl."""
+    out = ROOT / "out" / "evidence" / f"{name}-{arm}-{seed}"
+    flags = f"{flags} --seed {seed}".split()
+    where = ["--data-root", data_root] if data_root else []
+    begun = time.time()
+    done = subprocess.run([sys.executable, "train.py", *flags, *where, "--out", str(out), "--resume", "auto"], cwd=ROOT,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(f"{name} {arm} {seed} failed: {done.stderr.strip()[-500:]}", flush=True)
+        return
+    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    last = [r for r in records if "val_miou" in r][-1]
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    line = {"arm": arm, "seed": seed, "command": "train.py " + " ".join(flags), "commit": commit.stdout.strip(),
+            "device": records[0]["device"], "torch": records[0]["torch"], "seconds": round(time.time() - begun),
+            "loss": [round(r["loss"], 4) for r in records if "loss" in r][::5],
+            **{k: round(v, 5) for k, v in last.items() if k.startswith("bases_") or k in ("val_miou", "val_pixacc")},
+            "acc": [round(v, 5) for v in last["val_acc"]]}
+    with open(HERE / f"{name}.jsonl", "a") as file:
+        file.write(json.dumps(line) + "\n")
+    print(f"{name} {arm} {seed}: {score(name, line):.2f}, {line['seconds']} s", flush=True)
+
+
+def score(name, line):
+    """What an experiment is judged by, in percent: accuracy on the striped cells, or mIoU."""
+    return 50 * sum(line["acc"][:2]) if name.startswith("cells") else 100 * line["val_miou"]
+
+
+def table(name):
+    """Mean and deviation over the seeds; difference from the arm without attention, paired by seed, and its error."""
+    done = lines(name)
+    by_arm = {arm: {r["seed"]: r for r in done if r["arm"] == arm} for arm in EXPERIMENTS[name][1]}
+    base = {seed: score(name, r) for seed, r in by_arm.get("none", {}).items()}
+    print(f"{name:18s}{'seeds':>6s}{'mean':>8s}{'sd':>6s}{'- none':>8s}{'se':>6s}{'|x|':>7s}{'perpl':>7s}{'used':>6s}"
+          f"{'rank':>6s}")
+    for arm, runs in by_arm.items():
+        values = np.array([score(name, r) for r in runs.values()])
+        row = f"{arm:18s}{len(values):6d}" if len(values) else f"{arm:18s}  not run"
+        if len(values):
+            row += f"{values.mean():8.2f}{values.std(ddof=1) if len(values) > 1 else np.nan:6.2f}"
+            pairs = np.array([score(name, r) - base[s] for s, r in runs.items() if s in base])
+            row += f"{pairs.mean():+8.2f}{pairs.std(ddof=1) / len(pairs) ** 0.5:6.2f}" if len(pairs) > 1 else " " * 14
+            if "bases_rank" in next(iter(runs.values())):
+                means = [np.mean([r[f"bases_{k}"] for r in runs.values()]) for k in ("length", "perplexity", "used", "rank")]
+                row += f"{means[0]:7.1f}{means[1]:7.1f}{means[2]:6.0f}{means[3]:6.1f}"
+        print(row)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiments", nargs="+", choices=EXPERIMENTS)
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side, of one thread each (default: 1)")
+    parser.add_argument("--data-root", help="folder of the data set, for camvid")
+    parser.add_argument("--table", action="store_true", help="print what is there, run nothing")
+    args = parser.parse_args()
+    if not args.table:
+        with ThreadPoolExecutor(args.jobs) as pool:                            # seed by seed, so that arms stay level
+            waiting = [(name, arm, seed) for name in args.experiments for seed in range(EXPERIMENTS[name][2])
+                       for arm in EXPERIMENTS[name][1]]
+            for name, arm, seed in waiting:
+                flags, arms, _ = EXPERIMENTS[name]
+                if not any((r["arm"], r["seed"]) == (arm, seed) for r in lines(name)):
+                    pool.submit(run, name, arm, seed, f"{flags} {arms[arm]}", args.data_root)
+    for name in args.experiments:
+        table(name)
+
+
+if __name__ == "__main__":
+    main()
