@@ -66,9 +66,10 @@ class DilatedResNet(nn.Module):
     def set_output_stride(self, output_stride):
         """Sets strides and dilations for output stride 8, 16 or 32. They hold no weights, so a trained network may be
         changed: train at 16, evaluate at 8 (Sec. 6.1)."""
-        if output_stride not in (8, 16, 32):
-            raise UserError(f"output stride {output_stride} is not available: choose 8, 16 or 32")
-        if isinstance(self.layer3, nn.Identity):                   # ends at stride 8
+        ends_early = isinstance(self.layer3, nn.Identity)
+        if output_stride not in ((8,) if ends_early else (8, 16, 32)):
+            raise UserError(f"output stride {output_stride} is not available: choose 8" + ", 16 or 32" * (not ends_early))
+        if ends_early:
             return
         stride3, stride4 = {32: (2, 2), 16: (2, 1), 8: (1, 1)}[output_stride]
         rate3, rate4 = 2 // stride3, 32 // output_stride           # what dilation has to make up for

@@ -86,7 +86,7 @@ def class_names(name):
 # ---------------------------------------------------------------------------------------------------------------------
 # Data sets: one function each, which says where the files are, and one table: raw label -> class -> ignored
 def build_dataset(name, root="datasets", split=None, context_classes=59):
-    """The data set `name` in folder `root`: an object with `name`, `split`, `classes`, `ids`, `labelled`, and items
+    """The data set `name` in folder `root`: Images with `name`, `split`, `classes`, `ids`, `labelled`, and items
     (image uint8 (3, H, W), label uint8 (H, W), all 255 where there are no labels). UserError says what is missing.
 
     split: the name of a list of the data set; by default the one for validation.
@@ -104,14 +104,13 @@ def build_dataset(name, root="datasets", split=None, context_classes=59):
             "folder": folder}[name](root, split)
 
 
-class Pairs(Dataset):
-    """Images on disk and their labels. `table` maps a raw label value to a class index, IGNORE or ILLEGAL."""
-    endless, scales = False, SCALES
+class Images(Dataset):
+    """What the data sets have in common. A subclass gives `read`, and `to_classes` if its files hold other numbers."""
+    labelled, endless, scales = True, False, SCALES
 
-    def __init__(self, name, split, classes, ids, images, labels, table):
-        self.name, self.split, self.classes, self.table, self.labelled = name, split, classes, table, labels is not None
-        # numpy keeps these as plain bytes: lists would be copied into every worker as their counts of use change
-        self.ids, self.images, self.labels = np.array(ids), np.array(images), np.array(labels if labels else [])
+    def __init__(self, name, split, classes, ids):
+        self.name, self.split, self.classes = name, split, classes
+        self.ids = np.array(ids)      # plain bytes: a list would be copied into every worker as its counts of use change
 
     def __len__(self):
         return len(self.ids)
@@ -119,6 +118,19 @@ class Pairs(Dataset):
     def __getitem__(self, i):
         image, raw = self.read(i)
         return image, torch.from_numpy(self.to_classes(raw, i))
+
+    def to_classes(self, raw, i):
+        """Raw label values -> class indices and IGNORE, uint8, same shape."""
+        return raw
+
+
+class Pairs(Images):
+    """Images on disk and their labels. `table` maps a raw label value to a class index, IGNORE or ILLEGAL."""
+
+    def __init__(self, name, split, classes, ids, images, labels, table):
+        super().__init__(name, split, classes, ids)
+        self.images, self.labels = np.array(images), np.array(labels if labels else [])
+        self.table, self.labelled = table, labels is not None
 
     def read(self, i):
         """Image uint8 (3, H, W) and raw label (H, W) as it stands in the file (IGNORE where there is none)."""
@@ -132,7 +144,6 @@ class Pairs(Dataset):
         return image, raw
 
     def to_classes(self, raw, i):
-        """Raw label values -> class indices and IGNORE, uint8, same shape."""
         if not self.labelled:
             return raw
         label = self.table.take(raw)
@@ -143,24 +154,18 @@ class Pairs(Dataset):
         return label
 
 
-class Cached(Dataset):
+class Cached(Images):
     """A data set decoded once and kept in memory. Loader workers share it where they are forked, as on Linux."""
 
     def __init__(self, data, workers):
-        self.name, self.split, self.classes, self.ids = data.name, data.split, data.classes, data.ids
+        super().__init__(data.name, data.split, data.classes, data.ids)
         self.labelled, self.endless, self.scales = data.labelled, data.endless, data.scales
         loader = DataLoader(data, batch_size=None, num_workers=workers)
         # Copies: what a worker hands over lies in shared memory, and every piece of it holds a file open.
         self.pairs = [(image.clone(), label.numpy().copy()) for image, label in loader]
 
-    def __len__(self):
-        return len(self.pairs)
-
     def read(self, i):
         return self.pairs[i]                                                   # (3, H, W), (H, W) class indices
-
-    def to_classes(self, label, i):
-        return label
 
 
 def label_table(classes):
@@ -631,31 +636,20 @@ DRAWN = {"scenes": (functools.partial(draw_scene, size=(97, 129)), 64),
          **{name: (functools.partial(draw_cells, shift=shift), 400) for name, shift in CELL_SHIFTS.items()}}
 
 
-class Drawn(Dataset):
+class Drawn(Images):
     """Pictures drawn as they are asked for. Training: endless; validation: always the same."""
-    labelled, scales = True, (1.0,)
+    scales = (1.0,)
 
     def __init__(self, name, split):
         if split not in ("train", "val"):
             raise UserError(f"{name} has no split {split!r}: there are train and val")
-        self.name, self.split, self.classes = name, split, class_names(name)
-        self.key, self.endless = int(split == "val"), split == "train"
         self.draw, count = DRAWN[name]
-        self.ids = [f"{name}{i:02d}" for i in range(count)]
-
-    def __len__(self):
-        return len(self.ids)
-
-    def __getitem__(self, i):
-        image, label = self.read(i)
-        return image, torch.from_numpy(label)
+        super().__init__(name, split, class_names(name), [f"{name.removesuffix('s')}{i:02d}" for i in range(count)])
+        self.key, self.endless = int(split == "val"), split == "train"
 
     def read(self, i):
         image, label = self.draw(i, self.key)
         return torch.from_numpy(image).permute(2, 0, 1), label                 # (3, H, W), (H, W)
-
-    def to_classes(self, label, i):
-        return label
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ import evaluate
 import train
 import visualize
 from backbone import DilatedResNet, UserError
-from data import DATASETS, Scenes, Schedule, TrainView, build_dataset, class_names, normalise
+from data import CELL_SHIFTS, DATASETS, Drawn, Schedule, TrainView, build_dataset, class_names, normalise
 from ema import (
     EMAU,
     A2Block,
@@ -963,6 +963,24 @@ def test_feature_map_sizes(name, stem, stride):
     assert features.shape == (1, net.out_channels, -(-97 // stride), -(-66 // stride))
 
 
+@pytest.mark.parametrize("name, channels, reach", [("resnet18", 128, 99), ("resnet50", 512, 99)])
+def test_backbone_that_ends_early(name, channels, reach, tmp_path):
+    """layers=2: the same weights' first half, at stride 8; a feature depends on `reach` pixels, no more; no other
+    stride. What cells need: a network that does not see the whole image."""
+    whole = getattr(torchvision.models, name)().state_dict()
+    torch.save(whole, tmp_path / "weights.pth")
+    net = DilatedResNet(name, weights=tmp_path / "weights.pth", layers=2).eval()
+    assert all(torch.equal(value, whole[key]) for key, value in net.state_dict().items())
+    images = torch.randn(1, 3, 193, 193, requires_grad=True)
+    features = net(images)
+    assert features.shape == (1, channels, 25, 25) and net.out_channels == channels
+    features[0, :, 12, 12].sum().backward()
+    rows = images.grad.abs().sum((0, 1, 3)).nonzero()
+    assert rows.min() >= 96 - reach // 2 and rows.max() <= 96 + reach // 2
+    with pytest.raises(UserError, match="output stride 16 is not available: choose 8$"):
+        net.set_output_stride(16)
+
+
 def small_net(num_classes=4, seed=0, **options):
     torch.manual_seed(seed)
     return EMANet(num_classes, **{"backbone": "resnet18", "channels": 16, "num_bases": 8} | options)
@@ -1358,7 +1376,7 @@ def test_schedule_shows_every_image_once_per_epoch():
     assert [batch[0][0] for batch in batches] == list(range(9))
 
 
-@pytest.mark.parametrize("dataset", [range_like(17), Scenes("train")], ids=["finite", "endless"])
+@pytest.mark.parametrize("dataset", [range_like(17), Drawn("scenes", "train")], ids=["finite", "endless"])
 def test_schedule_is_the_same_for_any_number_of_processes(dataset):
     """Sec. 6.1: the global batch of an iteration is the same however it is cut, and wherever the run was resumed."""
     whole = list(Schedule(dataset, 8, 5, 0, 6))
@@ -1374,7 +1392,7 @@ def test_schedule_is_the_same_for_any_number_of_processes(dataset):
 
 def test_scenes_are_the_same_everywhere():
     """Scenes: a picture is a function of its index alone; 64 to validate, none of them in training; nine classes."""
-    training, validation = Scenes("train"), Scenes("val")
+    training, validation = Drawn("scenes", "train"), Drawn("scenes", "val")
     assert len(validation) == len(validation.ids) == 64 and training.endless and not validation.endless
     counts = torch.zeros(9)
     for i in range(64):
@@ -1382,7 +1400,7 @@ def test_scenes_are_the_same_everywhere():
         assert image.dtype == label.dtype == torch.uint8 and image.shape == (3, *label.shape)
         counts += torch.bincount(label.flatten(), minlength=9)
     assert len(validation.classes) == 9 and (counts > 0.002 * counts.sum()).all()
-    assert all(torch.equal(a, b) for a, b in zip(validation[7], Scenes("val")[7]))
+    assert all(torch.equal(a, b) for a, b in zip(validation[7], Drawn("scenes", "val")[7]))
     assert not torch.equal(training[7][0], validation[7][0]) and not torch.equal(training[7][0], training[8][0])
 
 
@@ -1402,7 +1420,7 @@ def test_scenes_need_context():
             labels.append(label[2:-2, 2:-2].flatten()[keep].long())
         return torch.cat(features), torch.cat(labels)
 
-    x, y = pixels(Scenes("train"), range(96))
+    x, y = pixels(Drawn("scenes", "train"), range(96))
     classifier = nn.Sequential(nn.Linear(6, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 9))
     optimizer = torch.optim.Adam(classifier.parameters(), lr=0.01)
     for _ in range(500):
@@ -1410,10 +1428,40 @@ def test_scenes_need_context():
         optimizer.zero_grad()
         F.cross_entropy(classifier((x[batch] - x.mean(0)) / x.std(0)), y[batch]).backward()
         optimizer.step()
-    test_x, test_y = pixels(Scenes("val"), range(64))
+    test_x, test_y = pixels(Drawn("scenes", "val"), range(64))
     prediction = classifier((test_x - x.mean(0)) / x.std(0)).argmax(1)
     miou = evaluate.scores(evaluate.confusion_matrix(prediction, test_y, 9))["miou"]
     assert 0.2 < miou < 0.6                                   # it has learned something, but not the scene
+
+
+def test_cells_hold_the_answers_they_are_said_to_hold():
+    """Cells: what the brightness of one place tells, that of all striped ones, and the square, by rules that know the
+    task: 60%, 87% and nothing; 50%, 50% and all; 98% from any one cell."""
+    for name, shift in CELL_SHIFTS.items():
+        cells = Drawn(name, "val")
+        assert len(cells) == len(cells.ids) == 400 and not cells.endless and Drawn(name, "train").endless
+        one, many, corner, sizes = [], [], [], []
+        for i in range(200):
+            image, label = cells[i]
+            assert image.shape == (3, 193, 193) and label.shape == (193, 193) and image.dtype == label.dtype == torch.uint8
+            striped = label < 2
+            assert (label[striped] == i % 2).all() and set(label.unique().tolist()) <= {i % 2, 2, 3, 255}
+            assert ((label == 255).sum() == 256) == (shift == 0)
+            mean = F.avg_pool2d(image[:1].float(), 4, 1)[0]                    # a period of every texture
+            inside = F.avg_pool2d(striped[None].float(), 4, 1)[0] == 1
+            mean = mean[inside] - 128
+            one.append(((mean > 0) == i % 2).float().mean())
+            many.append((mean.mean() > 0).item() == i % 2)
+            corner.append((image[0, 5, 5] > 128).item() == i % 2)
+            sizes.append(striped.float().mean())
+        assert 0.45 < np.mean(sizes) < 0.55                                    # half of the cells
+        told = [np.mean(rule) for rule in (one, many, corner)]
+        wanted = {"cells": (0.6, 0.84, 0.5), "cells-key": (0.5, 0.5, 1), "cells-local": (0.975, 1, 0.75)}[name]
+        assert all(abs(t - w) < 0.06 for t, w in zip(told[:2], wanted[:2], strict=True)), (name, told)
+        assert (told[2] == 1) == (name == "cells-key")
+        again = Drawn(name, "val")[7]
+        assert all(torch.equal(a, b) for a, b in zip(cells[7], again, strict=True))
+        assert not torch.equal(Drawn(name, "train")[7][0], again[0])
 
 
 @pytest.mark.parametrize("num_classes", [59, 60])
@@ -2047,8 +2095,23 @@ def test_data_sets_from_training_to_evaluation(name, flags, classes, releases, t
     assert figures[1] > 0, figures
     if classes == 59:
         assert re.search(r"59 classes, everything else ignored.* x 59/60, here \d+\.\d\d,", out)
-        assert "x 59/60, here 53.10," in evaluate.context_note(59, 0.54)
+        assert "x 59/60, here 53.10," in evaluate.note(build_dataset(name, root), {"miou": 0.54})
     assert ("60 classes: everything else is learned" in out) == (classes == 60)
+
+
+def test_cells_from_training_to_pictures(tmp_path):
+    """--dataset cells: training says how many of the striped cells are right, evaluation says the same, with a network
+    that is cut after layer2; the earlier run of a drawn data set is moved aside."""
+    command = "train.py --dataset cells-key --iters 2 --batch-size 2 --channels 8 --num-bases 4 --workers 0"
+    out = succeed(tmp_path, command)
+    right = re.search(r"striped cells: (\d+\.\d)% right.*one cell tells 50%, that of twenty 50%", out)[1]
+    assert "endless images, 4 classes; validation: 400" in out and "evaluate.py --ckpt out/cells-key/model.pth\n" in out
+    acc = log_of(tmp_path / "out/cells-key", "val_acc")[2]
+    assert float(right) == pytest.approx(50 * (acc[0] + acc[1]), abs=0.05)
+    net = load_checkpoint(tmp_path / "out/cells-key/model.pth")
+    assert net.config["layers"] == 2 and not any(key.startswith("backbone.layer3") for key in net.state_dict())
+    assert len(succeed(tmp_path, "visualize.py --ckpt out/cells-key/model.pth --count 2").splitlines()) == 3
+    fail(tmp_path, "evaluate.py --ckpt out/cells-key/model.pth --output-stride 16", "choose 8")
 
 
 def test_three_stages_for_the_test_server(releases, tmp_path):
