@@ -727,6 +727,7 @@ def run(main):
     """Runs a script's main(): a UserError becomes one line and exit status 1."""
     try:
         status = main()                                           # None, or a status
+        sys.stdout.flush()
     except UserError as error:
         status = f"error: {error}"
         # The frames of the exception hold the data loader. Let go of them, so that it ends its workers now: those that
@@ -735,6 +736,9 @@ def run(main):
         while fault:
             fault.__traceback__, fault = None, fault.__context__
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    except BrokenPipeError:                                       # whoever read the output has left, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())       # or the interpreter's exit complains
+        status = 1
     if status:
         sys.exit(status)
 

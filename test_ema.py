@@ -1813,6 +1813,14 @@ def plain(cwd, *argv, timeout=120):
     return result.stdout
 
 
+def test_reader_that_leaves(folder_root, tmp_path):
+    """`python data.py ... | head`: no traceback when nobody reads any more."""
+    process = subprocess.Popen([sys.executable, HERE / "data.py", "--dataset", "folder", "--data-root", folder_root],
+                               cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait(60) == 1
+
+
 def test_scenes_from_training_to_evaluation(tmp_path):
     """`python train.py` needs no data; `python evaluate.py` on its result gives the same numbers as its validation."""
     out = plain(tmp_path, HERE / "train.py", *shlex.split(
