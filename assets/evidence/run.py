@@ -26,7 +26,7 @@ SWEEP = {f"{arm}-lam{lam}": f"{ARMS[arm]} --lam {lam}" for arm in ("emau-none", 
          for lam in (4, 16)}
 CELLS = "--iters 400 --eval-every 400 --workers 1"
 CAMVID = ("--dataset folder --backbone resnet18 --weights none --output-stride 8 --channels 128 --crop 161 --batch-size 8 "
-          "--lr 0.03 --iters 600 --eval-every 600 --workers 1 --cache")
+          "--lr 0.03 --iters 400 --eval-every 400 --workers 1 --cache")
 EXPERIMENTS = {  # name: flags of all runs, {arm: its flags}, seeds
     "cells": ("--dataset cells " + CELLS, ARMS, 5),
     "cells-key": ("--dataset cells-key " + CELLS, ARMS, 5),
