@@ -56,7 +56,7 @@ class DilatedResNet(nn.Module):
         self.weights_origin = self.load(name, stem, weights)
         self.set_output_stride(output_stride)
 
-    def forward(self, x):                                          # (B, 3, H, W)
+    def forward(self, x):                                          # (B, 3, H, W); shapes below for layers=4
         x = self.relu(self.bn1(self.conv1(x)))                     # (B, 64 or 128, H/2, W/2)
         x = self.layer1(self.maxpool(x))                           # (B, C/8, H/4, W/4)
         x = self.layer2(x)                                         # (B, C/4, H/8, W/8)

@@ -74,8 +74,7 @@ OFFICIAL = {  # images per split, as the authors count them
     "context": {"train": 4998, "val": 5105, "trainval": 10103},
     "cocostuff": {"train": 9000, "test": 1000, "all": 10000},
     "cocostuff164k": {"train": 118287, "val": 5000}, "coco2voc": {"train": 118287, "val": 5000},
-    "folder": {"train": None, "val": None}, "scenes": {"train": None, "val": 64},
-    **{name: {"train": None, "val": 400} for name in ("cells", "cells-key", "cells-local")}}
+    "folder": {"train": None, "val": None}}
 VAL_SPLIT = {"cocostuff": "test"}          # what others call val; elsewhere it is "val"
 
 
@@ -159,7 +158,7 @@ class Cached(Images):
 
     def __init__(self, data, workers):
         super().__init__(data.name, data.split, data.classes, data.ids)
-        self.labelled, self.endless, self.scales = data.labelled, data.endless, data.scales
+        self.scales = data.scales
         loader = DataLoader(data, batch_size=None, num_workers=workers)
         # Copies: what a worker hands over lies in shared memory, and every piece of it holds a file open.
         self.pairs = [(image.clone(), label.numpy().copy()) for image, label in loader]
@@ -510,7 +509,7 @@ THINGS = {
            [(GLOW, 1.0, [(-10, -6), (-6, -19), (5, -28), (11, -6)]), HULL])}
 
 
-def draw_scene(index, key=0, size=(96, 128)):
+def draw_scene(index, key, size=(97, 129)):
     """Paint scene `index` of the endless series `key` (0: training, 1: validation); same arguments, same bytes.
 
     Returns the image, uint8 (H, W, 3), and its label, uint8 (H, W), with class indices.
@@ -522,8 +521,8 @@ def draw_scene(index, key=0, size=(96, 128)):
 
     zenith, haze, light = HOURS[rng.integers(len(HOURS))] + uniform(-11, 11, (3, 3)) * [[1], [1], [0.6]]
     share = uniform(size=(4, 5, 1)) ** 4
-    leaf, earth, rock, glow = (POTS * share).sum(1) / share.sum(1)
-    upper_colour = np.stack([zenith, leaf * 1.12, earth * 1.06, rock * 1.08, glow])
+    leaf, earth, rock, glow = (POTS * share).sum(1) / share.sum(1)                         # (3,) each
+    upper_colour = np.stack([zenith, leaf * 1.12, earth * 1.06, rock * 1.08, glow])        # (5, 3)
     lower_colour = np.stack([haze, leaf * 0.84, earth * 0.9, rock * 0.9, glow * (1, 0.95, 0.85)])
     canvas = Image.new("L", (2 * size[1], 2 * size[0]))  # the number of the shape seen at each pixel, 0 for the sky
     draw = ImageDraw.Draw(canvas)
@@ -576,12 +575,12 @@ def draw_scene(index, key=0, size=(96, 128)):
             paint(thing, pot, (outline + uniform(-0.5, 0.5, (len(outline), 2))) * scale + (x, y), shade)
 
     # from shape numbers to colours: every shape fades from its upper to its lower edge
-    label, pot, upper, lower, first, last = (np.array(column) for column in zip(*shapes))
-    row, shape = np.arange(2 * size[0])[:, None], np.asarray(canvas)
-    fade = first + ((row / zoom - upper) / (lower - upper)).clip(0, 1)[..., None] * (last - first)
-    image = fade.clip(0, 255).astype(np.uint8).reshape(-1, 3).take(row * len(shapes) + shape, 0)
-    image = np.asarray(Image.fromarray(image).reduce(2), np.float32)
-    label, pot = label.astype(np.uint8)[shape[::2, ::2]], pot[shape[::2, ::2]]
+    label, pot, upper, lower, first, last = (np.array(column) for column in zip(*shapes))  # (S,) each, first, last (S, 3)
+    row, shape = np.arange(2 * size[0])[:, None], np.asarray(canvas)                       # (2H, 1), (2H, 2W)
+    fade = first + ((row / zoom - upper) / (lower - upper)).clip(0, 1)[..., None] * (last - first)         # (2H, S, 3)
+    image = fade.clip(0, 255).astype(np.uint8).reshape(-1, 3).take(row * len(shapes) + shape, 0)           # (2H, 2W, 3)
+    image = np.asarray(Image.fromarray(image).reduce(2), np.float32)                       # (H, W, 3)
+    label, pot = label.astype(np.uint8)[shape[::2, ::2]], pot[shape[::2, ::2]]             # (H, W) each
 
     # sunshine around the sun and in a column on the sea, the brushwork of the pots, the light of the hour, grain
     y, x = np.ogrid[:size[0], :size[1]]
@@ -632,8 +631,9 @@ def draw_cells(index, key, shift, side=193):
 
 
 # Function (index, key) -> image, label; number of pictures to validate on
-DRAWN = {"scenes": (functools.partial(draw_scene, size=(97, 129)), 64),
+DRAWN = {"scenes": (draw_scene, 64),
          **{name: (functools.partial(draw_cells, shift=shift), 400) for name, shift in CELL_SHIFTS.items()}}
+OFFICIAL |= {name: {"train": None, "val": count} for name, (_, count) in DRAWN.items()}
 
 
 class Drawn(Images):
@@ -682,9 +682,23 @@ def pick_device(name="auto"):
     if name.startswith("mps") and not torch.backends.mps.is_available():
         raise UserError(f"--device {name}: torch {torch.__version__} sees no mps device; --device cpu works anywhere")
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError:
         raise UserError(f"--device {name}: torch knows no such device; choose auto, cuda, mps or cpu") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: there are {torch.cuda.device_count()} GPUs, counted from cuda:0")
+    return device
+
+
+def memory_format(device):
+    """The layout convolutions are fast in."""
+    # On mps the backward pass of BN is wrong, or fails, in channels_last (pytorch issues 134580, 175189).
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
+
+
+def to_device(tensor, device):
+    """To the device. The loader pins memory for CUDA; only from such may a copy go on while its source is let go."""
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def voc_palette():
@@ -714,6 +728,11 @@ def save_index_png(label, path, palette):
     image.save(path)
 
 
+def to_pil(image):
+    """Image uint8 (3, H, W) -> PIL image."""
+    return Image.fromarray(image.permute(1, 2, 0).numpy())
+
+
 def overlay(image, label, palette, alpha=0.6):
     """The classes of label uint8 (H, W) in their colours over the image uint8 (3, H, W) -> uint8 (3, H, W)."""
     present = [int(c) for c in torch.unique(label) if c != IGNORE]
@@ -739,6 +758,8 @@ def run(main):
     except BrokenPipeError:                                       # whoever read the output has left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())       # or the interpreter's exit complains
         status = 1
+    except OSError as error:                                      # a folder that cannot be written, a full disk
+        status = f"error: {error}"
     if status:
         sys.exit(status)
 
@@ -814,7 +835,7 @@ def contact_sheet(data, columns=4, rows=4, side=240):
     palette = palette_of(data.classes)
     for n, i in enumerate(np.unique(np.linspace(0, len(data) - 1, columns * rows).astype(int))):
         image, label = data[i]
-        drawn = Image.fromarray(overlay(image, label, palette).permute(1, 2, 0).numpy())
+        drawn = to_pil(overlay(image, label, palette))
         drawn.thumbnail((side - 4, side - 4))
         sheet.paste(drawn, (n % columns * side, n // columns * side))
     return sheet

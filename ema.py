@@ -54,8 +54,9 @@ class EMAU(nn.Module):
             self.mu = nn.Parameter(mu)
         else:
             self.register_buffer("mu", mu)
-        for conv in (self.conv1, self.conv2[0]):              # the released init. conv1's is the temperature: with
-            nn.init.normal_(conv.weight, std=math.sqrt(2 / channels))      # torch's default, x is short and z uniform
+        # The released init. conv1's is the temperature: with torch's default x is short, and z uniform.
+        for conv in (self.conv1, self.conv2[0]):
+            nn.init.normal_(conv.weight, std=math.sqrt(2 / channels))
         # With no gradient through EM conv1 never changes. Saying so here, before any wrapping, is what lets
         # DistributedDataParallel work: it waits for a gradient from every parameter that asks for one.
         self.conv1.requires_grad_(gradient != "none")
@@ -90,11 +91,12 @@ class EMAU(nn.Module):
         return self.mu.to(x.dtype).repeat(x.shape[0], 1, 1)                    # (B, C, K)
 
     def e_step(self, x, mu):
-        """Responsibilities (Eq. 12): z_nk = softmax over k of lambda * x_n . mu_k."""
+        """Responsibilities (Eqs. 10-12, the kernel exp of the inner product): z_nk = softmax over k of lambda x_n . mu_k."""
         return torch.softmax(x @ (self.lam * mu), dim=2)                       # (B, N, K)  rows sum to one
 
     def m_step(self, x, z):
-        """Bases (Eq. 13): the z-weighted mean of the pixels, then normalised (Sec. 5.3)."""
+        """Bases (Eq. 13), normalised (Sec. 5.3): the sum of z_nk x_n over n. Its division by the sum of z_nk is in
+        `normalise`: it cancels in all norms but "none"."""
         return self.normalise(x.transpose(1, 2) @ z, z)                        # (B, C, K)
 
     def re_estimate(self, z, mu, like):
@@ -175,13 +177,15 @@ def base_statistics(emau, x):
     cosine      mean cosine between two bases
     rank        effective rank of the centred X~: exp of the entropy of its eigenvalues' shares of the variance
     """
-    z, mu = (each.cpu() for each in full_gradient(emau, x))                    # (B, N, K), (B, C, K)  QR is not
-    K = mu.shape[2]                                                            # to be had on every device
+    # on the CPU: not every device has a QR decomposition
+    z, mu = (each.cpu() for each in full_gradient(emau, x))                    # (B, N, K), (B, C, K)
+    K = mu.shape[2]
     entropy = -(z * z.clamp_min(1e-30).log()).sum(2)                           # (B, N)
     unit = l2_norm(mu)                                                         # (B, C, K)
     cosines = unit.transpose(1, 2) @ unit                                      # (B, K, K)
-    _, r = torch.linalg.qr(z - z.mean(1, keepdim=True), mode="r")              # (B, K, K)  so that r mu^T has the
-    share = torch.linalg.svdvals(r @ mu.transpose(1, 2)) ** 2                  # (B, K)     spectrum of X~ less its mean
+    # r mu^T has the spectrum of X~ less its mean, and is small
+    _, r = torch.linalg.qr(z - z.mean(1, keepdim=True), mode="r")              # (B, K, K)
+    share = torch.linalg.svdvals(r @ mu.transpose(1, 2)) ** 2                  # (B, K)
     share = share / share.sum(1, keepdim=True).clamp_min(1e-30)
     return {"length": x.norm(dim=2).mean().item(), "perplexity": entropy.exp().mean().item(),
             "used": sum(len(k.unique()) for k in z.argmax(2)) / len(z),

@@ -28,12 +28,14 @@ from data import (
     CELL_SHIFTS,
     DATASETS,
     build_dataset,
+    memory_format,
     normalise,
     palette_of,
     pick_device,
     run,
     save_index_png,
     set_worker_apart,
+    to_device,
 )
 from ema import EMAU, base_statistics, full_precision, load_checkpoint
 
@@ -83,9 +85,14 @@ def predict_batch(net, images, ms_flip=False, iterations=(None,), amp=None):
 
 
 def resize(image, scale):
-    """A view of the multi-scale protocol: normalised image (1, 3, H, W) -> (1, 3, int(scale * H), int(scale * W))."""
-    size = [max(1, int(side * scale)) for side in image.shape[2:]]
+    """A view of the multi-scale protocol: normalised image (1, 3, H, W) -> (1, 3, h, w)"""
+    size = [view_side(side, scale) for side in image.shape[2:]]
     return image if scale == 1 else F.interpolate(image, size, mode="bilinear", align_corners=True)
+
+
+def view_side(side, scale):
+    """Pixels of a view along an image's side."""
+    return max(1, int(side * scale))
 
 
 def pad(images):
@@ -96,7 +103,7 @@ def pad(images):
 
 def padded_sizes(size, ms_flip):
     """The sizes of an image's views after padding: images that agree in them can go through the network together."""
-    return tuple((max(1, int(side * scale)) + 6) // 8 * 8 + 1 for scale in (MS_SCALES if ms_flip else (1.0,))
+    return tuple((view_side(side, scale) + 6) // 8 * 8 + 1 for scale in (MS_SCALES if ms_flip else (1.0,))
                  for side in size)
 
 
@@ -119,7 +126,7 @@ def upsampling(k, padded, side, scale, device):
     the padded view, the padding is cut off, the rest interpolated to the image. One product takes both steps at once,
     and the mirror image's rows join in before the second axis: exact, and cheaper than full-size logits per view."""
     matrix = F.interpolate(torch.eye(k)[None], padded, mode="linear", align_corners=True)  # (1, k, padded)
-    matrix = matrix[:, :, :max(1, int(side * scale))]                                      # (1, k, view)
+    matrix = matrix[:, :, :view_side(side, scale)]                                         # (1, k, view)
     return F.interpolate(matrix, side, mode="linear", align_corners=True)[0].to(device)    # (k, side)
 
 
@@ -161,7 +168,7 @@ def evaluate(net, data, device, ms_flip=False, rank=0, world=1, workers=2, save_
     seen, reported = 0, start
     for batch in batches(pairs, ms_flip):
         indices, images, labels = zip(*batch, strict=True)
-        images, labels = ([each.to(device, non_blocking=True) for each in pair] for pair in (images, labels))
+        images, labels = ([to_device(each, device) for each in pair] for pair in (images, labels))
         for matrix, logits in zip(confusion, predict_batch(net, images, ms_flip, iterations, amp), strict=True):
             predictions = [each.max(0)[1] for each in logits]                  # (H, W) each; max is faster than argmax
             for prediction, label in zip(predictions, labels, strict=True):
@@ -254,18 +261,18 @@ def duration(seconds):
 
 
 @contextmanager
-def faults_named(where=lambda: ""):
+def faults_named(where=lambda: "", remedy=""):
     """Makes one line of what others do to this process: a data-loader worker or another process that dies or hangs."""
     try:
         yield
     except RuntimeError as error:
         if re.search(r"DataLoader (worker \(pid|timed out)", str(error)):
             raise UserError(f"a data-loader worker died or hung{where()}: {first_line(error)}. If memory ran out, "
-                            "use fewer --workers; --resume auto goes on") from None
+                            f"use fewer --workers{remedy}") from None
         lost = re.search("gloo|nccl|connection|timed out|timeout", str(error), re.IGNORECASE)
         if lost and "WORLD_SIZE" in os.environ:
             raise UserError(f"another process of the job died or hung for {PATIENCE} s ({first_line(error)}): its own "
-                            "message says why; --resume auto goes on") from None
+                            f"message says why{remedy}") from None
         raise
 
 
@@ -273,11 +280,13 @@ def init_distributed(device_name):
     """rank, world size and device of this process: of torchrun's group, which is joined here, or of a lone process."""
     if "WORLD_SIZE" not in os.environ:
         return 0, 1, pick_device(device_name)
-    device = pick_device(device_name)
+    device, local = pick_device(device_name), int(os.environ["LOCAL_RANK"])
     if device.type == "mps":
         raise UserError("several processes cannot share mps: use --device cpu, or one process")
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        if local >= (count := torch.cuda.device_count()) > 1:          # where every process sees one alone, it takes it
+            raise UserError(f"there are {count} GPUs: torchrun --nproc_per_node={count} at most")
+        device = torch.device("cuda", local % count)
         torch.cuda.set_device(device)
     # Under torchrun --max-restarts the store outlives the processes. Each start gets a part of its own, or gloo would
     # look for those that died at the addresses they left there.
@@ -287,6 +296,13 @@ def init_distributed(device_name):
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world,
                             timeout=timeout)
     return rank, world, device
+
+
+def leave():
+    """Ends a distributed run. Nobody leaves while another still talks to it: torch 2.10's gloo can hang then."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def pick_amp(choice, device):
@@ -316,7 +332,12 @@ def parse_args():
                         "for VOC's test server (and as PNGs into FILE_png/)")
     parser.add_argument("--workers", type=int, default=2, help="processes that decode ahead (default: 2)")
     parser.add_argument("--device", default="auto", help="auto (cuda, then mps, then cpu) or a torch device")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.workers < 0:
+        raise UserError(f"--workers {args.workers}: must be at least 0")
+    if args.em_iterations and min(args.em_iterations) < 1:
+        raise UserError(f"--em-iterations {min(args.em_iterations)}: at least one round is needed")
+    return args
 
 
 def open_dataset(args, net):
@@ -328,6 +349,9 @@ def open_dataset(args, net):
     if len(data.classes) != net.config["num_classes"]:
         raise UserError(f"the checkpoint has {net.config['num_classes']} classes, {name} has {len(data.classes)}: "
                         "they cannot be compared")
+    if net.data.get("classes", list(data.classes)) != list(data.classes):
+        raise UserError(f"the checkpoint's classes have other names, or another order, than those of {name} in "
+                        f"{args.data_root}: scores would mean nothing")
     return data
 
 
@@ -338,19 +362,15 @@ def open_network(path, args):
         net.set_output_stride(args.output_stride)
     if args.em_iterations and not isinstance(net.attention, EMAU):
         raise UserError(f"--em-iterations: {path} has attention {net.config['attention']}, which has no EM rounds")
-    if args.workers < 0:
-        raise UserError(f"--workers {args.workers}: must be at least 0")
-    if args.em_iterations and min(args.em_iterations) < 1:
-        raise UserError(f"--em-iterations {min(args.em_iterations)}: at least one round is needed")
     return net
 
 
 def main():
     with faults_named():
-        score(parse_args())
+        evaluate_checkpoints(parse_args())
 
 
-def score(args):
+def evaluate_checkpoints(args):
     nets = [open_network(path, args) for path in args.ckpt]
     if not args.dataset and len(names := {net.data.get("dataset", "unknown") for net in nets}) > 1:
         raise UserError(f"the checkpoints are of {' and '.join(sorted(names))}: --dataset says what to score them on")
@@ -369,12 +389,13 @@ def score(args):
     say = print if rank == 0 else lambda *a, **k: None
     table = []
     for path, net in zip(args.ckpt, nets, strict=True):
-        net.to(device, memory_format=torch.channels_last)
+        net.to(device, memory_format=memory_format(device))
         say(f"{path} | {net.config['backbone']}, output stride {net.config['output_stride']} | {data.name} "
             f"{data.split}, {len(data)} images | {world} x {device}, torch {torch.__version__}", flush=True)
         results = evaluate(net, data, device, args.ms_flip, rank, world, args.workers, args.save_png, rank == 0,
                            args.em_iterations or (None,), pick_amp(args.amp, device))
-        table.append((path, net.config["em_iterations"], [result["miou"] for result in results]))
+        rounds = net.config["em_iterations"] if isinstance(net.attention, EMAU) else "-"
+        table.append((path, rounds, [result["miou"] for result in results]))
         if args.bases and rank == 0 and (bases := look_at_bases(net, data, device)):
             print(bases_line(bases, net.config["num_bases"]))
         net.cpu()
@@ -382,6 +403,8 @@ def score(args):
     if rank == 0 and args.submission:
         pack_submission(data, args.save_png, args.submission)
     if rank == 0 and data.labelled:
+        if len(nets) > 1:
+            print(f"{args.ckpt[-1]}:")
         for name, iou in zip(data.classes, result["iou"], strict=True):
             print(f"  {name:20s} " + ("     -  (does not occur)" if math.isnan(iou) else f"{100 * iou:6.2f}"))
         if args.em_iterations or len(nets) > 1:
@@ -391,9 +414,7 @@ def score(args):
         print(summary(data, result, args.ms_flip))
     elif rank == 0:
         print(f"wrote {len(data)} predictions to {args.save_png} (no labels to score them by)")
-    if dist.is_initialized():
-        dist.barrier()                    # nobody leaves while another still talks to it
-        dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
     python -m pytest                                   # the ordinary tests
     SLOW=1 python -m pytest                            # the long ones as well
 """
+import argparse
+import fcntl
 import hashlib
 import io
 import json
@@ -2048,15 +2050,26 @@ def test_existing_run_is_never_overwritten(run_folder, folder_root, tmp_path):
     assert all(path.read_bytes() == (run_folder / path.name).read_bytes() for path in out.iterdir())
 
 
-def test_scenes_move_the_earlier_run_aside(tmp_path, capsys):
-    """Scenes alone, so that the first command can be typed twice: the earlier run keeps its files under a new name."""
+def test_scenes_move_the_earlier_run_aside(tmp_path):
+    """Drawn data alone, so that the first command can be typed twice: the earlier run keeps its files, renamed."""
     for number in (1, 2):
         (tmp_path / "scenes").mkdir(exist_ok=True)
         (tmp_path / "scenes" / "model.pth").write_text(f"run {number}")
-        args = type("Args", (), {"dataset": "scenes", "out": str(tmp_path / "scenes"), "resume": None})
-        train.prepare_out(args)
+        args = argparse.Namespace(dataset="scenes", out=str(tmp_path / "scenes"), resume=None)
+        (status, out, err), = launch(tmp_path, train.prepare_out, args)
+        assert status == 0 and f"scenes-{number}" in out, err
         assert (tmp_path / f"scenes-{number}" / "model.pth").read_text() == f"run {number}"
-        assert f"scenes-{number}" in capsys.readouterr().out and not (tmp_path / "scenes" / "model.pth").exists()
+        assert not (tmp_path / "scenes" / "model.pth").exists()
+
+
+def test_resume_never_starts_over(run_folder, folder_root, tmp_path):
+    """--resume auto where last.pth was deleted: the trained network is not written over by a new run."""
+    out = shutil.copytree(run_folder, tmp_path / "out/folder")
+    for path in out.glob("last*.pth"):
+        path.unlink()
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    fail(tmp_path, f"{TRAIN} --data-root {folder_root} --resume auto", "out/folder", "no last.pth", "--init", "--out")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
 def keep_states(folder):
@@ -2484,13 +2497,40 @@ def test_damaged_last_checkpoint_is_not_resumed(run_folder, folder_root, tmp_pat
 @pytest.mark.parametrize("flags, words", [
     ("--batch-size 8", ["7 images", "8"]), ("--batch-size 3 --accumulate 2", ["--batch-size 3"]),
     ("--recipe released", ["released", "folder"]), ("--init nothing.pth", ["nothing.pth"]),
-    ("--weights nothing.pth", ["nothing.pth"]), ("--device cuda", ["cuda"]), ("--device abacus", ["abacus"]),
+    ("--weights nothing.pth", ["nothing.pth"]), ("--attention nonlocal --num-bases 4", ["--num-bases", "nonlocal"]),
+    ("--bench --batch-size 8", ["7 images", "batch of 8"]), ("--device cuda", ["cuda"]), ("--device abacus", ["abacus"]),
     ("--eval-every 0", ["--eval-every"]), ("--accumulate 0", ["--accumulate"]), ("--batch-size 0", ["--batch-size"]),
     ("--iters 0", ["--iters"]), ("--crop 0", ["--crop"]), ("--workers -1", ["--workers"])])
 def test_settings_that_cannot_be(flags, words, folder_root, tmp_path):
     """A setting that cannot work is named; nothing is written."""
     fail(tmp_path, f"{TRAIN} --data-root {folder_root} {flags}", *words)
     assert not list(tmp_path.glob("out/*/*.pth"))
+
+
+def test_classes_of_other_names_are_not_scored(run_folder, own_folder, tmp_path):
+    """evaluate.py: as many classes in another order would give a wrong mIoU, and no sign of it."""
+    (own_folder / "classes.txt").write_text("\n".join(reversed(CLASSES)))
+    fail(tmp_path, f"evaluate.py --ckpt {run_folder}/model.pth --data-root {own_folder}", "other names, or another order")
+
+
+def test_pictures_that_cannot_be_written(run_folder, folder_root, tmp_path):
+    """visualize.py and evaluate.py: a folder that cannot be made is one line."""
+    (tmp_path / "file").write_text("")
+    fail(tmp_path, f"visualize.py --ckpt {run_folder}/model.pth --data-root {folder_root} --out file/x", "file/x")
+    fail(tmp_path, f"evaluate.py --ckpt {run_folder}/model.pth --data-root {folder_root} --save-png file/x", "file/x")
+
+
+def test_gpus_that_are_not_there(monkeypatch):
+    """A GPU that is not there, and more processes than GPUs, are named before CUDA or NCCL fail."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert data.pick_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(UserError, match="cuda:2: there are 2 GPUs"):
+        data.pick_device("cuda:2")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match="--nproc_per_node=2 at most"):
+        evaluate.init_distributed("auto")
 
 
 def test_missing_validation_is_an_error_for_voc(voc_root, tmp_path):
@@ -3117,6 +3157,25 @@ def test_unwritable_out_is_found_at_start(faulty, tmp_path):
     results = python(tmp_path, faulty.replace("--out run", "--out file/run"), partial(be_patient, 6), world=2)
     assert [status for status, _, _ in results] == [1, 1] and "file/run" in results[0][2]
     assert not any("Traceback" in err for _, _, err in results), results
+
+
+def test_two_runs_never_share_a_folder(faulty, tmp_path):
+    """A second run into the folder of one that is not over is refused, with --resume auto as well, and touches nothing;
+    a run that was killed leaves the folder at once, though its workers live on for a while."""
+    process = begin(tmp_path, f"{faulty} --workers 1", [write_slowly])
+    wait_for(lambda: any((tmp_path / "run").glob("*.tmp")), process)
+    try:
+        second = faulty.replace("--out run", f"--out {tmp_path / 'run'}")
+        (tmp_path / "second").mkdir()                         # where its outputs go
+        fail(tmp_path / "second", second, "run: let it end")
+        fail(tmp_path / "second", second.replace("--resume auto", ""), "run: let it end")
+    finally:
+        process.kill()
+        process.join()
+    handle = os.open(tmp_path / "run", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(handle)
+    succeed(tmp_path, f"{faulty} --workers 0")
 
 
 # Numbers and workers

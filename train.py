@@ -9,6 +9,7 @@ Writes to --out: model.pth (the network as last validated, for evaluate.py and v
 needed to go on) and log.jsonl (one line of numbers per printed line).
 """
 import argparse
+import fcntl
 import functools
 import json
 import os
@@ -39,10 +40,12 @@ from data import (
     Schedule,
     TrainView,
     build_dataset,
+    memory_format,
     normalise,
     pick_device,
     run,
     set_worker_apart,
+    to_device,
 )
 from ema import EMANet, load_checkpoint, read_checkpoint, save_checkpoint
 from evaluate import (
@@ -54,6 +57,7 @@ from evaluate import (
     evaluate,
     faults_named,
     init_distributed,
+    leave,
     look_at_bases,
     note,
     pad,
@@ -86,6 +90,7 @@ RECIPES = {
 # Cells ask whether attention brings in what lies far away: a network that by itself sees little of the image.
 RECIPES |= {(name, "paper"): RECIPES["scenes", "paper"] | {"layers": 2, "crop": 193, "batch_size": 8, "iters": 1200,
                                                            "lr": 0.03, "eval_every": 1200} for name in CELL_SHIFTS}
+RESUME = "; --resume auto goes on"                  # what to do when a run is broken off
 SAVE_EVERY = 1000             # iterations between two last.pth at most, however rare the validations are
 # What may differ between the command that began a run and the one that goes on with it
 MAY_CHANGE = ("data_root", "workers", "device", "out", "resume", "eval_every", "compile", "cache", "bench")
@@ -146,8 +151,9 @@ def parse_args():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
     args.out = args.out or f"out/{args.dataset}"
-    for key in ("em_iterations", "lam", "alpha", "base_update", "base_norm", "gradient"):
-        if args.attention != "emau" and getattr(args, key) != parser.get_default(key):
+    for key in ("num_bases", "em_iterations", "lam", "alpha", "base_update", "base_norm", "gradient"):
+        read = args.attention == "emau" or (args.attention, key) == ("a2", "num_bases")
+        if not read and getattr(args, key) != parser.get_default(key):
             raise UserError(f"--{key.replace('_', '-')} is a setting of --attention emau, not of {args.attention}")
     for key, least in {"em_iterations": 1, "num_bases": 1, "channels": 2, "crop": 1, "batch_size": 1, "accumulate": 1,
                        "iters": 1, "eval_every": 1, "seed": 0, "workers": 0}.items():
@@ -170,6 +176,13 @@ def recipe_table():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The parts of a step
+def training_data(args):
+    data = build_dataset(args.dataset, args.data_root, args.split, args.context_classes)
+    if not data.endless and len(data) < args.batch_size:
+        raise UserError(f"{args.dataset} {args.split} has {len(data)} images, less than one batch of {args.batch_size}")
+    return data
+
+
 def build_network(args, num_classes, weights):
     return EMANet(num_classes, args.backbone, args.stem, weights, args.output_stride, args.channels, args.attention,
                   args.num_bases, args.em_iterations, args.lam, args.alpha, args.base_update, args.base_norm,
@@ -187,15 +200,15 @@ def segmentation_loss(logits, label):
 
 def batch_loss(model, batch, device, amp):
     """The loss of a batch as the loader gives it: uint8 goes to the device and becomes numbers there."""
-    images, labels, boxes = (part.to(device, non_blocking=True) for part in batch)     # (B, 3, ., .), (B, ., .), (B, 4)
-    images = normalise(images, boxes).contiguous(memory_format=torch.channels_last)
+    images, labels, boxes = (to_device(part, device) for part in batch)          # (B, 3, ., .), (B, ., .), (B, 4)
+    images = normalise(images, boxes).contiguous(memory_format=memory_format(device))
     with torch.autocast(device.type, amp, enabled=amp is not None):
         return segmentation_loss(model(images), labels)
 
 
 def build_optimizer(net, lr):
     """SGD as in the released code: weight decay on convolutions' weights alone, twice the lr on all biases."""
-    groups = {"weights": [], "scales": [], "biases": []}               # convolutions' weights, BN's, all biases
+    groups = {"weights": [], "scales": [], "biases": []}    # convolutions'; BN's, and mu if it is a parameter; all biases
     for module in net.modules():
         for name, p in module.named_parameters(recurse=False):
             if p.requires_grad:                                    # EMAU's first convolution is frozen
@@ -216,8 +229,11 @@ def share_buffers(net):
 # ---------------------------------------------------------------------------------------------------------------------
 # Starting and going on
 def prepare_out(args):
-    """Makes the output folder, without ever overwriting a run."""
+    """Makes the output folder and takes it for this process, without ever overwriting a run."""
     out = Path(args.out)
+    there = out.is_dir()
+    if there:
+        take(out)
     if args.resume not in (None, "auto") and (out / "last.pth").exists() \
             and Path(args.resume).resolve().parent != out.resolve():
         raise UserError(f"{out} holds another run than {args.resume}: --out DIR goes on elsewhere")
@@ -227,11 +243,26 @@ def prepare_out(args):
         number = next(n for n in range(1, 10**6) if not Path(f"{out}-{n}").exists())
         out.rename(f"{out}-{number}")
         print(f"moved the earlier run from {out} to {out}-{number}")
+        there = False
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "log.jsonl").open("a").close()                # found out now, not after the first thousand iterations
     except OSError as error:
         raise UserError(f"cannot write into {out}: {first_line(error)}; choose another --out") from None
+    if not there:
+        take(out)
+
+
+def take(folder):
+    """Locks a folder as long as this process lives. UserError if another run has it."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another run is writing into {folder}: let it end, or choose another --out") from None
+    except OSError:                                                # a file system without locks: as good as it gets
+        return
+    os.register_at_fork(after_in_child=functools.partial(os.close, handle))    # workers may outlive a killed run
 
 
 def find_checkpoint(args, say=print):
@@ -253,6 +284,9 @@ def find_checkpoint(args, say=print):
             return checkpoint
     if damage:
         raise damage
+    if (out / "model.pth").exists():
+        raise UserError(f"{out} holds a trained network, but no last.pth to go on from: --out DIR starts another run, "
+                        f"--init {out}/model.pth from this network")
     return None
 
 
@@ -355,9 +389,7 @@ def train(args):
     if args.batch_size % (world * args.accumulate):
         raise UserError(f"--batch-size {args.batch_size} cannot be shared by {world} processes x --accumulate "
                         f"{args.accumulate}")
-    data = build_dataset(args.dataset, args.data_root, args.split, args.context_classes)
-    if not data.endless and len(data) < args.batch_size:
-        raise UserError(f"{args.dataset} {args.split} has {len(data)} images, less than one batch of {args.batch_size}")
+    data = training_data(args)
     val_list = Path(args.data_root) / "ImageSets" / "Segmentation" / "val.txt"
     if args.dataset == "folder" and not val_list.exists():
         val = None
@@ -391,7 +423,7 @@ def train(args):
         net.load_state_dict(checkpoint["model"])
     elif args.init:
         load_init(net, args.init, say)
-    net.to(device, memory_format=torch.channels_last)
+    net.to(device, memory_format=memory_format(device))
     sync_bn = world > 1 and device.type == "cuda"
     if sync_bn:
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
@@ -523,7 +555,7 @@ def train(args):
 
     log_every = max(1, min(50, args.iters // 50))
     done = start
-    with faults_named(lambda: f" at iteration {done + 1} (images {image_ids(data, schedule, done)})"):
+    with faults_named(lambda: f" at iteration {done + 1} (images {image_ids(data, schedule, done)})", RESUME):
         if checkpoint and not checkpoint["validated"]:
             validate()
         begun = since = time.time()
@@ -547,6 +579,7 @@ def train(args):
                 if asked:
                     say(f"stopped after iteration {done}, all saved: the same command with --resume auto goes on",
                         flush=True)
+                    leave()
                     return 128 + asked
                 if now_validate:
                     validate()
@@ -558,9 +591,7 @@ def train(args):
     where += "" if val else f" --split {args.split}"
     say(f"next:    python evaluate.py --ckpt {out}/model.pth{where}\n"
         f"         python visualize.py --ckpt {out}/model.pth{where}")
-    if dist.is_initialized():
-        dist.barrier()                    # nobody leaves while another still talks to it (torch 2.10's gloo can hang)
-        dist.destroy_process_group()
+    leave()
 
 
 def image_ids(data, schedule, iteration):
@@ -605,11 +636,11 @@ def bench(args, seconds=8):
     in one process and the medians are compared, because other programs may use the machine as well."""
     device, local = pick_device(args.device), args.batch_size
     amp = pick_amp(args.amp, device)
-    data = build_dataset(args.dataset, args.data_root, args.split, args.context_classes)
+    data = training_data(args)
     images = [data.read(i)[0].to(device) for i in range(2)]
     keys = iter(Schedule(data, args.batch_size, args.seed, 0, 10**6))
     nets = [build_network(args, len(data.classes), "none").to(device) for _ in range(2)]
-    nets[0].to(memory_format=torch.channels_last)
+    nets[0].to(memory_format=memory_format(device))
     optimizers = [build_optimizer(net, 1e-6) for net in nets]
     views = TrainView(data, args.crop, args.seed), WholeImageView(data, args.crop, args.seed)
     print(f"{device_name(device)}, torch {torch.__version__}, {torch.get_num_threads()} threads | {args.dataset}, crop "
@@ -624,8 +655,8 @@ def bench(args, seconds=8):
             for function, rate in zip((ours, released), rates, strict=True):
                 since = time.time()
                 count = function()
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
+                if device.type != "cpu":
+                    torch.accelerator.synchronize(device)
                 rate.append(count / (time.time() - since))
         medians = [float(np.median(rate[1:])) for rate in rates]
         print(f"{name:34s}{medians[0]:9.2f}{medians[1]:10.2f}{medians[0] / medians[1]:8.2f}", flush=True)
@@ -687,7 +718,7 @@ def device_name(device):
 def main():
     args = parse_args()
     try:
-        with faults_named():
+        with faults_named(remedy=RESUME):
             return bench(args) if args.bench else train(args)
     except torch.OutOfMemoryError as error:
         raise UserError(f"the GPU's memory ran out ({first_line(error)}): --accumulate 2 halves what a step needs, "

@@ -24,6 +24,7 @@ from data import (
     DATASETS,
     IGNORE,
     class_names,
+    memory_format,
     normalise,
     overlay,
     palette_of,
@@ -31,6 +32,7 @@ from data import (
     read_image,
     run,
     save_index_png,
+    to_pil,
 )
 from ema import EMAU, load_checkpoint
 from evaluate import open_dataset, pad, padded_sizes
@@ -107,10 +109,6 @@ def bases_over_images(seen, bases):
         rows.append([(to_pil(image), name)] + [(heat(m / max(m.max().item(), 1e-6)), f"basis {k}")
                                                for k, m in zip(bases, maps, strict=True)])
     return grid(rows)
-
-
-def to_pil(image):
-    return Image.fromarray(image.permute(1, 2, 0).numpy())
 
 
 def heat(values):
@@ -259,7 +257,7 @@ def main():
         classes = data.classes
         items = ((str(data.ids[i]), image, label if data.labelled else None, image.shape[1:])
                  for i in range(min(args.count, len(data))) for image, label in [data[i]])
-    net.to(device, memory_format=torch.channels_last)
+    net.to(device, memory_format=memory_format(device))
     out.mkdir(parents=True, exist_ok=True)
     seen = []
     for name, image, label, original in items:

@@ -21,9 +21,10 @@ from torch.utils.data import Dataset
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
-from data import IGNORE, build_dataset, normalise
+from data import IGNORE, build_dataset, normalise, to_pil
 from ema import EMAU, l2_norm, load_checkpoint
 from evaluate import evaluate, pad, pick_amp
+from run import lines
 
 CPU = torch.device("cpu")
 
@@ -43,7 +44,7 @@ def brightness(factor):
 
 def jpeg(image, i):
     buffer = io.BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, "JPEG", quality=10)
+    to_pil(image).save(buffer, "JPEG", quality=10)
     return torch.from_numpy(np.array(Image.open(buffer))).permute(2, 0, 1)
 
 
@@ -115,8 +116,9 @@ def compactness(net, data, rounds=8):
         label = label[label != IGNORE]                                         # (M,)
         x = unit.pixels(features)                                              # (1, N, C)
         add("x", scatter(x[0, at], label))
-        u, s, v = torch.svd_lowrank(x[0] - x[0].mean(0), unit.mu.shape[2])
-        add("PCA", scatter((u * s @ v.T)[at], label))
+        u, s, v = torch.linalg.svd(x[0] - x[0].mean(0), full_matrices=False)   # (N, C), (C,), (C, C)
+        s[unit.mu.shape[2]:] = 0
+        add("PCA", scatter((u * s @ v)[at], label))
         for kind, mu in (("learned", own), ("random", random_bases(net))):
             unit.mu.copy_(mu)
             unit.iterations = T
@@ -132,7 +134,9 @@ def compactness(net, data, rounds=8):
 # ---------------------------------------------------------------------------------------------------------------------
 def table(name):
     """Means over the seeds of each arm; robustness: also relative to clean, and the paired difference from `none`."""
-    done = [json.loads(line) for line in (HERE / f"{name}.jsonl").read_text().splitlines()]
+    done = lines(name)
+    if not done:
+        return print(f"{name}: not run")
     arms = sorted({line["arm"] for line in done}, key=lambda arm: (arm != "none", arm))
     heads = [f"{arm} ({sum(line['arm'] == arm for line in done)})" for arm in arms]
     print(f"{name:18s}" + "".join(f"{head:>22s}" for head in heads))
@@ -154,18 +158,19 @@ def table(name):
                 row += f"{100 * values.mean():8.2f} {100 * np.mean(list(kept.values())):4.0f}%" \
                        + (f"{np.mean(pairs):+5.1f}+-{error}" if pairs and arm != "none" else " " * 9)
         print(row)
+    return None
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="+", choices=("robustness", "compactness"))
     parser.add_argument("--runs", type=Path, default=HERE.parent.parent / "out" / "evidence", help="where run.py trains")
-    parser.add_argument("--data-root", help="folder of CamVid")
+    parser.add_argument("--data-root", default="datasets", help="folder of CamVid (default: datasets)")
     parser.add_argument("--table", action="store_true", help="print what is there")
     args = parser.parse_args()
     for what in args.what:
         path = HERE / f"{what}.jsonl"
-        done = [json.loads(line)["network"] for line in path.read_text().splitlines()] if path.exists() else []
+        done = [line["network"] for line in lines(what)]
         for checkpoint in [] if args.table else sorted(args.runs.glob("camvid-*/model.pth")):
             network = checkpoint.parent.name
             arm, seed = network.removeprefix("camvid-").rsplit("-", 1)

@@ -41,21 +41,26 @@ def lines(name):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def run(name, arm, seed, flags, data_root):
+def command_of(name, arm, seed):
+    flags, arms, _ = EXPERIMENTS[name]
+    return " ".join(f"train.py {flags} {arms[arm]} --seed {seed}".split())
+
+
+def run(name, arm, seed, data_root):
     """One run of train.py, resumed if it was interrupted; its last validation becomes a line of NAME.jsonl."""
+    command = command_of(name, arm, seed)
     out = ROOT / "out" / "evidence" / f"{name}-{arm}-{seed}"
-    flags = f"{flags} --seed {seed}".split()
     where = ["--data-root", data_root] if data_root else []
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False)
     begun = time.time()
-    done = subprocess.run([sys.executable, "train.py", *flags, *where, "--out", str(out), "--resume", "auto"], cwd=ROOT,
+    done = subprocess.run([sys.executable, *command.split(), *where, "--out", str(out), "--resume", "auto"], cwd=ROOT,
                           env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
     if done.returncode:
         print(f"{name} {arm} {seed} failed: {done.stderr.strip()[-500:]}", flush=True)
         return
     records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     last = [r for r in records if "val_miou" in r][-1]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    line = {"arm": arm, "seed": seed, "command": "train.py " + " ".join(flags), "commit": commit.stdout.strip(),
+    line = {"arm": arm, "seed": seed, "command": command, "commit": commit.stdout.strip(),
             "device": records[0]["device"], "torch": records[0]["torch"], "seconds": round(time.time() - begun),
             "loss": [round(r["loss"], 4) for r in records if "loss" in r][::5],
             **{k: round(v, 5) for k, v in last.items() if k.startswith("bases_") or k in ("val_miou", "val_pixacc")},
@@ -73,7 +78,8 @@ def score(name, line):
 def table(name):
     """Mean and deviation over the seeds; difference from the arm without attention, paired by seed, and its error."""
     done = lines(name)
-    by_arm = {arm: {r["seed"]: r for r in done if r["arm"] == arm} for arm in EXPERIMENTS[name][1]}
+    by_arm = {arm: {r["seed"]: r for r in done if r["command"] == command_of(name, arm, r["seed"])}
+              for arm in EXPERIMENTS[name][1]}
     base = {seed: score(name, r) for seed, r in by_arm.get("none", {}).items()}
     print(f"{name:18s}{'seeds':>6s}{'mean':>8s}{'sd':>6s}{'- none':>8s}{'se':>6s}{'|x|':>7s}{'perpl':>7s}{'used':>6s}"
           f"{'rank':>6s}")
@@ -101,10 +107,14 @@ def main():
         with ThreadPoolExecutor(args.jobs) as pool:                            # seed by seed, so that arms stay level
             waiting = [(name, arm, seed) for name in args.experiments for seed in range(EXPERIMENTS[name][2])
                        for arm in EXPERIMENTS[name][1]]
-            for name, arm, seed in waiting:
-                flags, arms, _ = EXPERIMENTS[name]
-                if not any((r["arm"], r["seed"]) == (arm, seed) for r in lines(name)):
-                    pool.submit(run, name, arm, seed, f"{flags} {arms[arm]}", args.data_root)
+            futures = [pool.submit(run, *each, args.data_root) for each in waiting
+                       if command_of(*each) not in [line["command"] for line in lines(each[0])]]
+            try:
+                for future in futures:
+                    future.result()
+            except BaseException:                                              # Ctrl-C, or a fault of this script
+                pool.shutdown(cancel_futures=True)
+                raise
     for name in args.experiments:
         table(name)
 
