@@ -21,10 +21,11 @@ from torch.utils.data import Dataset
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
+from run import lines
+
 from data import IGNORE, build_dataset, normalise, to_pil
 from ema import EMAU, l2_norm, load_checkpoint
 from evaluate import evaluate, pad, pick_amp
-from run import lines
 
 CPU = torch.device("cpu")
 

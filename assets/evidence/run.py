@@ -24,6 +24,8 @@ ARMS = {  # flags of train.py. Learned differently, or something else in the pla
     "a2": "--attention a2", "nonlocal": "--attention nonlocal"}
 SWEEP = {f"{arm}-lam{lam}": f"{ARMS[arm]} --lam {lam}" for arm in ("emau-none", "emau-last", "emau-full")
          for lam in (4, 16)}
+SIZES = {"K4": "--num-bases 4", "K16": "--num-bases 16", "T1": "--em-iterations 1", "T8": "--em-iterations 8"}
+SIZES = {f"emau-full-{size}": f"--gradient full {flag}" for size, flag in SIZES.items()}
 CELLS = "--iters 400 --eval-every 400 --workers 1"
 CAMVID = ("--dataset folder --backbone resnet18 --weights none --output-stride 8 --channels 128 --crop 161 --batch-size 8 "
           "--lr 0.03 --iters 400 --eval-every 400 --workers 1 --cache")
@@ -31,7 +33,8 @@ EXPERIMENTS = {  # name: flags of all runs, {arm: its flags}, seeds
     "cells": ("--dataset cells " + CELLS, ARMS, 5),
     "cells-key": ("--dataset cells-key " + CELLS, ARMS, 5),
     "cells-sweep": ("--dataset cells " + CELLS, SWEEP, 3),
-    "cells-key-sweep": ("--dataset cells-key " + CELLS, SWEEP, 3),
+    "cells-key-sweep": ("--dataset cells-key " + CELLS, SWEEP, 2),
+    "cells-sizes": ("--dataset cells " + CELLS, SIZES, 2),
     "cells-local": ("--dataset cells-local " + CELLS, {arm: ARMS[arm] for arm in ("none", "emau-none", "emau-full")}, 2),
     "camvid": (CAMVID, ARMS, 3)}
 
