@@ -2216,7 +2216,8 @@ def train_and_evaluate(folder, root):
     for number, flags in enumerate(COMBINATIONS):
         print(f"\n=== {flags}")
         sys.argv = shlex.split(f"train.py --dataset folder --data-root {root} --iters 10 --lr 0.05 --crop 40 --weights none "
-                               f"--batch-size 2 --workers 0 --channels 16 --num-bases 8 --out {number} {flags}")
+                               f"--batch-size 2 --workers 0 --channels 16 --out {number} {flags}"
+                               + " --num-bases 8" * ("--num-bases" not in flags and "--attention" not in flags))
         data.run(train.main)
         sys.argv = shlex.split(f"evaluate.py --ckpt {number}/model.pth --data-root {root} --workers 0")
         data.run(evaluate.main)
