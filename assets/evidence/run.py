@@ -36,7 +36,8 @@ EXPERIMENTS = {  # name: flags of all runs, {arm: its flags}, seeds
     "cells-key-sweep": ("--dataset cells-key " + CELLS, SWEEP, 2),
     "cells-sizes": ("--dataset cells " + CELLS, SIZES, 2),
     "cells-local": ("--dataset cells-local " + CELLS, {arm: ARMS[arm] for arm in ("none", "emau-none", "emau-full")}, 2),
-    "camvid": (CAMVID, ARMS, 3)}
+    "camvid": (CAMVID, ARMS, 3),
+    "scenes": ("--dataset scenes --workers 1", {arm: ARMS[arm] for arm in ("none", "emau-none", "emau-full")}, 2)}
 
 
 def lines(name):
@@ -83,7 +84,8 @@ def table(name):
     done = lines(name)
     by_arm = {arm: {r["seed"]: r for r in done if r["command"] == command_of(name, arm, r["seed"])}
               for arm in EXPERIMENTS[name][1]}
-    base = {seed: score(name, r) for seed, r in by_arm.get("none", {}).items()}
+    plain = name.removesuffix("-sweep").removesuffix("-sizes")                 # whose arm without attention they share
+    base = {r["seed"]: score(name, r) for r in lines(plain) if r["arm"] == "none"}
     print(f"{name:18s}{'seeds':>6s}{'mean':>8s}{'sd':>6s}{'- none':>8s}{'se':>6s}{'|x|':>7s}{'perpl':>7s}{'used':>6s}"
           f"{'rank':>6s}")
     for arm, runs in by_arm.items():
