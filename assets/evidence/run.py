@@ -20,7 +20,8 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 ARMS = {  # flags of train.py. Learned differently, or something else in the place of EMAU
-    "none": "--attention none", "emau-none": "", "emau-last": "--gradient last", "emau-full": "--gradient full",
+    "none": "--attention none", "emau-none": "--gradient none", "emau-last": "--gradient last",
+    "emau-full": "--gradient full",
     "a2": "--attention a2", "nonlocal": "--attention nonlocal"}
 SWEEP = {f"{arm}-lam{lam}": f"{ARMS[arm]} --lam {lam}" for arm in ("emau-none", "emau-last", "emau-full")
          for lam in (4, 16)}
