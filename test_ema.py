@@ -1606,6 +1606,8 @@ def test_recipes_are_the_paper_s():
         found = [table[f"{name} paper"][key] for key in ("split", "iters", "output-stride", "lr", "batch-size", "crop",
                                                          "backbone", "channels")]
         assert found == [split, str(iters), str(stride), "0.009", "16", "513", "resnet101", "512"], name
+        assert table[f"{name} paper"]["gradient"] == "none"           # as in the released code; cells need more
+    assert table["cells paper"]["gradient"] == "full"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
