@@ -51,6 +51,13 @@ def command_of(name, arm, seed):
     return " ".join(f"train.py {flags} {arms[arm]} --seed {seed}".split())
 
 
+def result_of(name, arm, seed):
+    """The line of a run, None if there is none with just these flags."""
+    # The first runs, of commit 9b8fda1, left "--gradient none" unsaid: it was the default then.
+    wanted = command_of(name, arm, seed).replace(" --gradient none", "")
+    return next((line for line in lines(name) if line["command"].replace(" --gradient none", "") == wanted), None)
+
+
 def run(name, arm, seed, data_root):
     """One run of train.py, resumed if it was interrupted; its last validation becomes a line of NAME.jsonl."""
     command = command_of(name, arm, seed)
@@ -82,9 +89,8 @@ def score(name, line):
 
 def table(name):
     """Mean and deviation over the seeds; difference from the arm without attention, paired by seed, and its error."""
-    done = lines(name)
-    by_arm = {arm: {r["seed"]: r for r in done if r["command"] == command_of(name, arm, r["seed"])}
-              for arm in EXPERIMENTS[name][1]}
+    _, arms, seeds = EXPERIMENTS[name]
+    by_arm = {arm: {seed: r for seed in range(seeds) if (r := result_of(name, arm, seed))} for arm in arms}
     plain = name.removesuffix("-sweep").removesuffix("-sizes")                 # whose arm without attention they share
     base = {r["seed"]: score(name, r) for r in lines(plain) if r["arm"] == "none"}
     print(f"{name:18s}{'seeds':>6s}{'mean':>8s}{'sd':>6s}{'- none':>8s}{'se':>6s}{'|x|':>7s}{'perpl':>7s}{'used':>6s}"
@@ -114,7 +120,7 @@ def main():
             waiting = [(name, arm, seed) for name in args.experiments for seed in range(EXPERIMENTS[name][2])
                        for arm in EXPERIMENTS[name][1]]
             futures = [pool.submit(run, *each, args.data_root) for each in waiting
-                       if command_of(*each) not in [line["command"] for line in lines(each[0])]]
+                       if not result_of(*each)]
             try:
                 for future in futures:
                     future.result()
