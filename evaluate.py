@@ -213,7 +213,7 @@ def bases_line(bases, num_bases):
             f"{bases['used']:.0f} in use | cosine {bases['cosine']:.2f} | effective rank {bases['rank']:.1f}")
     if bases["rank"] < min(3, num_bases / 2) or bases["perplexity"] > 0.75 * num_bases:
         line += ("\nwarning: the attention is nearly dead: all pixels get about the same mixture of bases (train with "
-                 "--lam 4, or --gradient last)")
+                 "--gradient full)")
     return line
 
 

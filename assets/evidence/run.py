@@ -33,7 +33,7 @@ CAMVID = ("--dataset folder --backbone resnet18 --weights none --output-stride 8
 EXPERIMENTS = {  # name: flags of all runs, {arm: its flags}, seeds
     "cells": ("--dataset cells " + CELLS, ARMS, 5),
     "cells-key": ("--dataset cells-key " + CELLS, ARMS, 5),
-    "cells-sweep": ("--dataset cells " + CELLS, SWEEP, 3),
+    "cells-sweep": ("--dataset cells " + CELLS, SWEEP, 2),
     "cells-key-sweep": ("--dataset cells-key " + CELLS, SWEEP, 2),
     "cells-sizes": ("--dataset cells " + CELLS, SIZES, 2),
     "cells-local": ("--dataset cells-local " + CELLS, {arm: ARMS[arm] for arm in ("none", "emau-none", "emau-full")}, 2),
