@@ -212,8 +212,8 @@ def bases_line(bases, num_bases):
     line = (f"bases | |x| {bases['length']:.1f} | perplexity of z {bases['perplexity']:.1f} of {num_bases} | "
             f"{bases['used']:.0f} in use | cosine {bases['cosine']:.2f} | effective rank {bases['rank']:.1f}")
     if bases["rank"] < min(3, num_bases / 2) or bases["perplexity"] > 0.75 * num_bases:
-        line += ("\nwarning: the attention is nearly dead: all pixels get about the same mixture of bases (train with "
-                 "--gradient full)")
+        line += ("\nwarning: the attention is nearly dead, or the task a simple one: all pixels get about the same mixture of "
+                 "bases (--gradient full lets it learn more)")
     return line
 
 
