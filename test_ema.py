@@ -2360,6 +2360,24 @@ def test_network_can_be_compiled(gradient, tiny):
         assert torch.allclose(torch.compile(net.eval())(images), twin.eval()(images), rtol=0, atol=1e-5)
 
 
+def test_evidence_is_what_the_runs_gave():
+    """The tables of assets/evidence/README.md are those that its scripts print from the logs, and the README's table of
+    cells has their means and deviations."""
+    evidence = HERE / "assets" / "evidence"
+    told, front = (evidence / "README.md").read_text().splitlines(), (HERE / "README.md").read_text()
+    looks = ["robustness", "compactness"]
+    scripts = {"run.py": sorted({path.stem for path in evidence.glob("*.jsonl")} - set(looks)), "look.py": looks}
+    assert {"cells", "cells-key", "camvid"} <= set(scripts["run.py"])
+    for name, what in scripts.items():
+        printed = plain(HERE, evidence / name, *what, "--table").splitlines()
+        assert len(printed) > 8 and not [line for line in printed if line not in told]
+    for name in ("cells", "cells-key"):
+        lines = [json.loads(line) for line in (evidence / f"{name}.jsonl").read_text().splitlines()]
+        for arm in {line["arm"] for line in lines}:
+            right = [50 * sum(line["acc"][:2]) for line in lines if line["arm"] == arm]
+            assert len(right) == 5 and f"{np.mean(right):.1f} ± {np.std(right, ddof=1):.1f}" in front, (name, arm)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Bad input: one line, exit status 1
 def test_wrong_data_root(tmp_path, voc_root, folder_root):

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
-from run import lines
+from run import commit, lines
 
 from data import IGNORE, build_dataset, normalise, to_pil
 from ema import EMAU, l2_norm, load_checkpoint
@@ -166,6 +166,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="+", choices=("robustness", "compactness"))
     parser.add_argument("--runs", type=Path, default=HERE.parent.parent / "out" / "evidence", help="where run.py trains")
+    parser.add_argument("--arms", nargs="+", default=["none", "emau-none", "emau-last", "emau-full"], help="of which runs")
     parser.add_argument("--data-root", default="datasets", help="folder of CamVid (default: datasets)")
     parser.add_argument("--table", action="store_true", help="print what is there")
     args = parser.parse_args()
@@ -175,13 +176,14 @@ def main():
         for checkpoint in [] if args.table else sorted(args.runs.glob("camvid-*/model.pth")):
             network = checkpoint.parent.name
             arm, seed = network.removeprefix("camvid-").rsplit("-", 1)
-            if network in done:
+            if network in done or arm not in args.arms:
                 continue
             data = build_dataset("folder", args.data_root, "val")
             values = {"robustness": robustness, "compactness": compactness}[what](load_checkpoint(checkpoint), data)
             if values:
                 with open(path, "a") as file:
-                    file.write(json.dumps({"network": network, "arm": arm, "seed": int(seed), "values": values}) + "\n")
+                    file.write(json.dumps({"network": network, "arm": arm, "seed": int(seed), "commit": commit(),
+                                           "values": values}) + "\n")
                 print(f"{what} {network}: done", flush=True)
         table(what)
 

@@ -46,6 +46,12 @@ def lines(name):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def commit():
+    """The code that runs, for the record."""
+    return subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True,
+                          check=False).stdout.strip()
+
+
 def command_of(name, arm, seed):
     flags, arms, _ = EXPERIMENTS[name]
     return " ".join(f"train.py {flags} {arms[arm]} --seed {seed}".split())
@@ -63,7 +69,7 @@ def run(name, arm, seed, data_root):
     command = command_of(name, arm, seed)
     out = ROOT / "out" / "evidence" / f"{name}-{arm}-{seed}"
     where = ["--data-root", data_root] if data_root else []
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False)
+    code = commit()
     begun = time.time()
     done = subprocess.run([sys.executable, *command.split(), *where, "--out", str(out), "--resume", "auto"], cwd=ROOT,
                           env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
@@ -72,7 +78,7 @@ def run(name, arm, seed, data_root):
         return
     records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     last = [r for r in records if "val_miou" in r][-1]
-    line = {"arm": arm, "seed": seed, "command": command, "commit": commit.stdout.strip(),
+    line = {"arm": arm, "seed": seed, "command": command, "commit": code,
             "device": records[0]["device"], "torch": records[0]["torch"], "seconds": round(time.time() - begun),
             "loss": [round(r["loss"], 4) for r in records if "loss" in r][::5],
             **{k: round(v, 5) for k, v in last.items() if k.startswith("bases_") or k in ("val_miou", "val_pixacc")},
