@@ -268,8 +268,10 @@ class EMANet(nn.Module):
     def head(self, x):
         """Attention and classifier: features (B, C, H/S, W/S) -> logits (B, L, H/S, W/S) in at least float32."""
         x = self.decoder(self.attention(x))                                    # (B, C or 256, H/S, W/S)
-        with full_precision(x):                            # bfloat16 logits would show as steps after scaling, and tie
-            return self.classifier(x.to(torch.promote_types(x.dtype, torch.float32)))      # (B, L, H/S, W/S)
+        # In evaluation not under autocast: bfloat16 logits tie. In training that gains nothing.
+        with nullcontext() if self.training else full_precision(x):
+            logits = self.classifier(x if self.training else x.to(torch.promote_types(x.dtype, torch.float32)))
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))     # (B, L, H/S, W/S)
 
     def set_output_stride(self, output_stride):
         """Changes the output stride (8, 16, 32) of the network, trained or not: dilations hold no weights."""
