@@ -1,7 +1,7 @@
 """A dilated ResNet: torchvision's network, its last strides replaced by dilation.
 
     net = DilatedResNet("resnet50", weights="imagenet", output_stride=8)
-    net(torch.randn(1, 3, 513, 513)).shape             # (1, 2048, 65, 65)
+    net(torch.randn(1, 3, 513, 513)).shape  # (1, 2048, 65, 65)
 
 Shapes: B images, H x W pixels, C channels, S the output stride.
 """
@@ -18,10 +18,8 @@ MULTI_GRID = (1, 2, 4)        # rates of layer4's blocks relative to each other 
 
 
 class UserError(Exception):
-    """Something the user can put right: one line that says what, where, and what to do.
-
-    It lives in the lowest file so that every other one can raise it; data.py's `run` prints it without a traceback.
-    """
+    """Something the user can put right: one line that says what, where, and what to do. Scripts print it without a
+    traceback. It lives in the lowest file so that every other one can raise it."""
 
     def __init__(self, message):
         # A data-loader worker hands its exception over with the whole traceback as its text: keep the last line.
@@ -34,9 +32,9 @@ class DilatedResNet(nn.Module):
     in:  images (B, 3, H, W), normalised
     out: features (B, C, ceil(H / S), ceil(W / S)), C = `out_channels`: 512 for ResNet-18/34, else 2048
 
-    layers: 4, or 2 for a small network that ends after layer2, at stride 8, with a quarter of the channels.
     stem: "7x7" (torchvision) or "deep": three 3x3 convolutions 64-64-128, as in the released EMANet.
     weights: "imagenet" (torchvision IMAGENET1K_V1), "imagenet-v2", a file, or "none" (random).
+    layers: 4, or 2 for a small network that ends after layer2, at stride 8, with a quarter of the channels.
     """
 
     def __init__(self, name="resnet101", stem="7x7", weights="none", output_stride=8, layers=4):
@@ -49,19 +47,25 @@ class DilatedResNet(nn.Module):
             deepen_stem(net)
         for part in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
             setattr(self, part, getattr(net, part))
-        self.out_channels, self.left_out = net.fc.in_features, ("fc.",)
+        self.out_channels, left_out = net.fc.in_features, ("fc.",)
         if layers == 2:
             self.layer3 = self.layer4 = nn.Identity()
-            self.out_channels, self.left_out = net.fc.in_features // 4, ("fc.", "layer3.", "layer4.")
-        self.weights_origin = self.load(name, stem, weights)
+            self.out_channels, left_out = net.fc.in_features // 4, ("fc.", "layer3.", "layer4.")
+        state, self.weights_origin = read_weights(name, stem, weights)
+        if state is not None:
+            try:
+                self.load_state_dict({key: value for key, value in state.items() if not key.startswith(left_out)})
+            except (RuntimeError, AttributeError) as error:
+                raise UserError(f"{self.weights_origin}: does not fit {name} with the {stem} stem: "
+                                f"{first_line(error)}") from None
         self.set_output_stride(output_stride)
 
-    def forward(self, x):                                          # (B, 3, H, W); shapes below for layers=4
-        x = self.relu(self.bn1(self.conv1(x)))                     # (B, 64 or 128, H/2, W/2)
-        x = self.layer1(self.maxpool(x))                           # (B, C/8, H/4, W/4)
-        x = self.layer2(x)                                         # (B, C/4, H/8, W/8)
-        x = self.layer3(x)                                         # (B, C/2, H/min(S, 16), W/min(S, 16))
-        return self.layer4(x)                                      # (B, C, H/S, W/S)
+    def forward(self, x):  # (B, 3, H, W); shapes below for layers=4
+        x = self.relu(self.bn1(self.conv1(x)))  # (B, 64 or 128, H/2, W/2)
+        x = self.layer1(self.maxpool(x))  # (B, C/8, H/4, W/4)
+        x = self.layer2(x)  # (B, C/4, H/8, W/8)
+        x = self.layer3(x)  # (B, C/2, H/min(S, 16), W/min(S, 16))
+        return self.layer4(x)  # (B, C, H/S, W/S)
 
     def set_output_stride(self, output_stride):
         """Sets strides and dilations for output stride 8, 16 or 32. They hold no weights, so a trained network may be
@@ -77,21 +81,6 @@ class DilatedResNet(nn.Module):
         # torchvision's rule: the first block, where the stride was, keeps the rate of the layer before it.
         # (DeepLab's own rule would give 4, 8, 16 at output stride 8; the released EMANet has 2, 8, 16.)
         set_rates(self.layer4, stride4, [rate3] + [rate4 * grid for grid in MULTI_GRID[1:len(self.layer4)]])
-
-    def load(self, name, stem, weights):
-        """Loads the weights; returns a phrase that says where they come from, for the user to see at the start."""
-        if weights == "none":
-            return "random (no ImageNet weights)"
-        if weights in ("imagenet", "imagenet-v2"):
-            state, origin = torchvision_weights(name, stem, weights)
-        else:
-            state, origin = file_weights(Path(weights), stem)
-        state = {key: value for key, value in state.items() if not key.startswith(self.left_out)}
-        try:
-            self.load_state_dict(state, strict=True)
-        except RuntimeError as error:
-            raise UserError(f"{origin}: does not fit {name} with the {stem} stem: {first_line(error)}") from None
-        return origin
 
 
 def set_rates(layer, stride, rates):
@@ -119,38 +108,34 @@ def deepen_stem(net):
         nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")      # as torchvision does elsewhere
 
 
-def torchvision_weights(name, stem, weights):
-    """ImageNet weights through torchvision (downloaded once, checked by their hash) -> state dict, origin."""
-    if stem == "deep":
-        raise UserError("torchvision has no ImageNet weights for the deep stem: give PyTorch-Encoding's file, e.g. "
-                        "--weights resnet101-2a57e44d.pth, or --stem 7x7, or --weights none to start from scratch")
-    version = {"imagenet": "IMAGENET1K_V1", "imagenet-v2": "IMAGENET1K_V2"}[weights]
-    try:
-        entry = models.get_model_weights(name)[version]
-    except KeyError:
-        raise UserError(f"torchvision has no {version} weights for {name}: use --weights imagenet") from None
-    try:
-        return entry.get_state_dict(progress=False, check_hash=True), f"torchvision {name} {version}"
-    except (OSError, RuntimeError) as error:         # no network, or a download that does not have the promised hash
-        raise UserError(f"cannot download {entry.url} ({first_line(error)}): fetch it elsewhere and give --weights "
-                        "FILE, or --weights none to start from scratch") from None
-
-
-def file_weights(path, stem):
-    """ImageNet weights from a file, torchvision's or PyTorch-Encoding's (deep stem) -> state dict, origin."""
+def read_weights(name, stem, weights):
+    """The backbone's weights: a state dict, or None for random ones, and where they come from, for the user to see."""
+    if weights == "none":
+        return None, "random (no ImageNet weights)"
+    if weights in ("imagenet", "imagenet-v2"):
+        if stem == "deep":
+            raise UserError("torchvision has no ImageNet weights for the deep stem: give PyTorch-Encoding's file, e.g. "
+                            "--weights resnet101-2a57e44d.pth, or --stem 7x7, or --weights none to start from scratch")
+        version = {"imagenet": "IMAGENET1K_V1", "imagenet-v2": "IMAGENET1K_V2"}[weights]
+        try:
+            state = models.get_model_weights(name)[version].get_state_dict(progress=False, check_hash=True)
+            return state, f"torchvision {name} {version}"
+        except Exception as error:  # noqa: BLE001 - no such weights, no network, or a download damaged on its way
+            raise UserError(f"cannot get {version} of {name} ({first_line(error)}): fetch it elsewhere and give "
+                            "--weights FILE, or --weights none to start from scratch") from None
+    path = Path(weights)
     if not path.is_file():
         raise UserError(f"no weights at {path}: --weights takes imagenet, imagenet-v2, none or a file")
     # Published files carry the beginning of their hash: resnet101-2a57e44d.pth SHA-1, resnet101-63fe2227.pth SHA-256.
-    if promised := re.search(r"-([0-9a-f]{8})$", path.stem):
-        content = path.read_bytes()
-        if not any(h(content).hexdigest().startswith(promised[1]) for h in (hashlib.sha1, hashlib.sha256)):
-            raise UserError(f"{path}: damaged: its hash does not begin with {promised[1]} as its name says")
+    promised = re.search(r"-([0-9a-f]{8})$", path.stem)
+    hashes = [h(path.read_bytes()).hexdigest() for h in (hashlib.sha1, hashlib.sha256)] if promised else []
+    if promised and not any(h.startswith(promised[1]) for h in hashes):
+        raise UserError(f"{path}: its hash does not begin with {promised[1]} as its name says: fetch it again; if you "
+                        "saved it anew yourself, give it a name without a hash")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001 - torch raises many kinds for a file that is no weights file
         raise UserError(f"{path}: not a file of weights that can be loaded safely: {first_line(error)}") from None
-    if not isinstance(state, dict) or not ({"conv1.weight", "conv1.0.weight"} & state.keys()):
-        raise UserError(f"{path}: no ResNet state dict (neither conv1.weight nor conv1.0.weight in it)")
     found = "deep" if "conv1.0.weight" in state else "7x7"
     if found != stem:
         raise UserError(f"{path}: has the {found} stem, the network the {stem} one: add --stem {found}")

@@ -1,16 +1,15 @@
-"""Draws what a network sees: predictions, the responsibilities of its bases round by round (Fig. 5), a run's curves.
+"""Draws what a network sees: its predictions, and the responsibilities of its bases round by round (Fig. 5).
 
     python visualize.py --ckpt out/scenes/model.pth                    # images of the data set it was trained on
     python visualize.py --ckpt model.pth --image holiday.jpg           # your own image, or a folder of them
     python visualize.py --ckpt model.pth --bases 3,17                  # these two bases
-    python visualize.py --log out/scenes/log.jsonl                     # loss and validation mIoU of a run
 
-Writes to --out, per image, NAME.png (the picture) and NAME_prediction.png (class indices with a palette).
+Writes to --out, per image, NAME.png (the picture) and NAME_prediction.png (class indices with a palette); for several
+images also bases.png, the same bases over all of them.
 
-Shapes: H x W pixels of one image, T iterations, K bases.
+Shapes: H x W pixels of one image, T iterations, K bases, h x w the feature map of the padded image.
 """
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
@@ -18,50 +17,41 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
-from backbone import UserError, first_line
-from data import (
-    CLASSES,
-    DATASETS,
-    IGNORE,
-    class_names,
-    memory_format,
-    normalise,
-    overlay,
-    palette_of,
-    pick_device,
-    read_image,
-    run,
-    save_index_png,
-    to_pil,
-)
-from ema import EMAU, load_checkpoint
-from evaluate import open_dataset, pad, padded_sizes
+from backbone import UserError
+from data import DATASETS, IGNORE, class_names, normalise, overlay, palette_of, read_image, save_index_png, to_pil
+from ema import EMAU, at_least_float32, load_checkpoint
+from evaluate import memory_format, open_dataset, pad, pick_device, run
 
-GAP, TEXT = 8, 13                       # pixels: space between panels, height of letters
-LINES = [(178, 34, 34), (31, 90, 180), (34, 139, 34), (218, 140, 0), (128, 0, 128), (0, 150, 150)]     # of curves
+GAP, TEXT, WIDTH = 8, 13, 256           # pixels: space between panels, height of letters, width of a panel
 HEAT = np.array([(8, 6, 24), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)])    # responsibility 0 .. max
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What the network sees
+# ---- What the network sees
 @torch.no_grad()
-def look(net, image):
-    """Prediction and responsibilities of one image: uint8 (3, H, W) -> uint8 (H, W), float (T, K, h, w) or None.
+def predict_with_bases(net, image):
+    """Prediction and responsibilities of one image: uint8 (3, H, W) -> uint8 (H, W), float (T, K, H, W) on the CPU.
 
-    h x w is the feature map of the padded image. The EM rounds are EMAU's own, run again on its pixels.
+    The EM rounds are EMAU's own, run again on its pixels. Without an EMAU there are no responsibilities: None.
     """
-    view, (H, W) = pad(normalise(image[None])), image.shape[1:]                # (1, 3, 8h-7, 8w-7)
-    features = net.features(view)                                              # (1, C, h, w)
-    logits = F.interpolate(net.head(features), view.shape[2:], mode="bilinear", align_corners=True)    # (1, L, ., .)
-    prediction = logits[0, :, :H, :W].max(0)[1].byte().cpu()                   # (H, W)
+    view, (H, W) = pad(normalise(image[None]), net.config["output_stride"]), image.shape[1:]  # (1, 3, Sk+1, Sl+1)
+    features = net.features(view)  # (1, C, h, w)
+    logits = at_image_size(net.head(features), view, H, W)  # (1, L, H, W)
+    prediction = logits[0].max(0)[1].byte().cpu()  # (H, W)
     if not isinstance(net.attention, EMAU):
         return prediction, None
-    z = torch.cat([z for z, _ in net.attention.em(net.attention.pixels(features))]).cpu()  # (T, N, K)
-    return prediction, z.transpose(1, 2).unflatten(2, features.shape[2:])      # (T, K, h, w)
+    x = at_least_float32(net.attention.conv1(features)).flatten(2).transpose(1, 2)  # (1, N, C)
+    z = torch.cat([z for z, _ in net.attention.em(x)])  # (T, N, K)
+    z = z.transpose(1, 2).unflatten(2, features.shape[2:])  # (T, K, h, w)
+    return prediction, at_image_size(z, view, H, W).cpu()  # (T, K, H, W)
+
+
+def at_image_size(maps, view, H, W):
+    """Maps (B, ., h, w) of a padded view, upsampled as the logits are, without the padding: (B, ., H, W)."""
+    return F.interpolate(maps, view.shape[2:], mode="bilinear", align_corners=True)[:, :, :H, :W]
 
 
 def choose_bases(wanted, zs, count=4):
-    """Indices of the bases to show, for responsibilities zs, a list of (T, K, h, w): given as "3,17", "random" as in
+    """Indices of the bases to show, for responsibilities zs, a list of (T, K, H, W): given as "3,17", "random" as in
     Fig. 5, or those that hold the most pixels of all the images."""
     K = zs[0].shape[1]
     if wanted == "random":
@@ -71,133 +61,65 @@ def choose_bases(wanted, zs, count=4):
         if not all(0 <= k < K for k in bases):
             raise UserError(f"--bases {wanted}: give numbers from 0 to {K - 1} with commas between them, or random")
         return bases
-    largest = torch.cat([z[-1].flatten(1).argmax(0) for z in zs])              # (pixels,)
-    held = torch.bincount(largest, minlength=K)                                # (K,)
+    held = sum(torch.bincount(z[-1].flatten(1).argmax(0), minlength=K) for z in zs)  # (K,)
     return held.argsort(descending=True, stable=True)[:count].tolist()
 
 
-def responsibility_maps(z, bases, size):
-    """The maps of some bases at image size: z (T, K, h, w) -> (T, len(bases), H, W)."""
-    maps = F.interpolate(z[:, bases], padded_sizes(size, False), mode="bilinear", align_corners=True)
-    return maps[:, :, :size[0], :size[1]]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Drawing
+# ---- Drawing. A picture is a grid: rows of (PIL image, caption)
 def picture(image, label, prediction, z, bases, classes):
-    """The whole picture of one image as a PIL image: image, label, prediction, legend; below, one row per basis."""
+    """The whole picture of one image: image, label, prediction, the classes' colours; below, one row per basis."""
     palette = palette_of(classes)
-    rows = [[(to_pil(image), "image")]]
+    shown = torch.cat([part.flatten() for part in (prediction, label) if part is not None]).unique()
+    rows = [[(to_pil(image), "image"), (overlay(image, prediction, palette), "prediction"),
+             (legend(image, [int(c) for c in shown if c != IGNORE], classes, palette), "")]]
     if label is not None:
-        rows[0].append((to_pil(overlay(image, label, palette)), "label"))
-    rows[0].append((to_pil(overlay(image, prediction, palette)), "prediction"))
-    if z is not None:
-        for k, maps in zip(bases, responsibility_maps(z, bases, image.shape[1:]).unbind(1), strict=True):   # (T, H, W)
-            top = max(maps.max().item(), 1e-6)                                 # one scale per basis, so rounds compare
-            rows.append([(heat(m / top), f"basis {k}, t = {t}" + f" (brightest: {top:.2f})" * (t == 1))
-                         for t, m in enumerate(maps, 1)])
-    shown = torch.cat([prediction.flatten(), label.flatten()] if label is not None else [prediction.flatten()])
-    present = [int(c) for c in shown.unique() if c != IGNORE]
-    return beside(grid(rows), legend([(classes[c], tuple(palette[c].tolist())) for c in present]))
+        rows[0].insert(1, (overlay(image, label, palette), "label"))
+    for k in bases:
+        top = z[:, k].max().item()                                             # one scale per basis, so rounds compare
+        rows.append([(heat(z[t, k], top), f"basis {k}, t = {t + 1}, brightest {top:.2f}") for t in range(len(z))])
+    return grid(rows)
 
 
 def bases_over_images(seen, bases):
     """The same bases over several images: one row per image, the image and each basis' responsibilities at t = T."""
-    rows = []
-    for name, image, z in seen:
-        maps = responsibility_maps(z[-1:], bases, image.shape[1:])[0]          # (len(bases), H, W)
-        rows.append([(to_pil(image), name)] + [(heat(m / max(m.max().item(), 1e-6)), f"basis {k}")
-                                               for k, m in zip(bases, maps, strict=True)])
-    return grid(rows)
+    return grid([[(to_pil(image), name)] + [(heat(z[-1, k], z[-1, k].max().item()), f"basis {k}") for k in bases]
+                 for name, image, z in seen])
 
 
-def heat(values):
-    """Values 0..1 (H, W) -> PIL image from dark to bright."""
-    at = np.linspace(0, 1, len(HEAT))
-    colours = [np.interp(values.numpy(), at, HEAT[:, channel]) for channel in range(3)]
-    return Image.fromarray(np.stack(colours, axis=-1).astype(np.uint8))
+def heat(values, top):
+    """Values 0..top (H, W) -> PIL image from dark to bright."""
+    values, at = values.numpy() / max(top, 1e-6), np.linspace(0, 1, len(HEAT))
+    colours = [np.interp(values, at, HEAT[:, channel]) for channel in range(3)]
+    return Image.fromarray(np.stack(colours, axis=-1).astype(np.uint8))  # (H, W, 3)
 
 
-def grid(rows, width=256):
-    """Rows of (PIL image, caption) -> one image, every panel `width` pixels wide."""
-    heights = [round(width * row[0][0].height / row[0][0].width) or 1 for row in rows]
-    step_x, step_y = width + GAP, TEXT + 2 * GAP
-    sheet = Image.new("RGB", (GAP + step_x * max(len(row) for row in rows), sum(heights) + step_y * len(rows) + GAP),
-                      "white")
+def legend(image, shown, classes, palette):
+    """The names of the classes in their colours, as a PIL image of the shape of the other panels."""
+    height = max(WIDTH * image.shape[1] // image.shape[2], (TEXT + GAP) * len(shown))
+    sheet = Image.new("RGB", (WIDTH, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for y, c in zip(range(0, height, TEXT + GAP), shown, strict=False):
+        draw.rectangle((0, y, TEXT, y + TEXT), fill=tuple(palette[c].tolist()), outline="black")
+        draw.text((TEXT + GAP, y), classes[c], "black", ImageFont.load_default(TEXT))
+    return sheet
+
+
+def grid(rows):
+    """Rows of (PIL image, caption) -> one PIL image, every panel WIDTH pixels wide."""
+    heights = [max(round(WIDTH * panel.height / panel.width) for panel, _ in row) or 1 for row in rows]
+    size = GAP + (WIDTH + GAP) * max(len(row) for row in rows), sum(heights) + (TEXT + 2 * GAP) * len(rows) + GAP
+    sheet = Image.new("RGB", size, "white")
     draw, y = ImageDraw.Draw(sheet), GAP
     for row, height in zip(rows, heights, strict=True):
-        for x, (image, caption) in zip(range(GAP, sheet.width, step_x), row, strict=False):
+        for x, (panel, caption) in zip(range(GAP, sheet.width, WIDTH + GAP), row, strict=False):
             draw.text((x, y), caption, "black", ImageFont.load_default(TEXT))
-            sheet.paste(image.resize((width, height), Image.Resampling.BILINEAR), (x, y + TEXT + GAP // 2))
-        y += height + step_y
+            panel = panel.resize((WIDTH, round(WIDTH * panel.height / panel.width) or 1), Image.Resampling.BILINEAR)
+            sheet.paste(panel, (x, y + TEXT + GAP // 2))
+        y += height + TEXT + 2 * GAP
     return sheet
 
 
-def legend(entries):
-    """(name, colour) pairs -> PIL image, one below the other."""
-    font = ImageFont.load_default(TEXT)
-    width = 3 * TEXT + max(round(font.getlength(name)) for name, _ in entries)
-    sheet = Image.new("RGB", (width, (TEXT + GAP) * len(entries) + TEXT + 2 * GAP), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, (name, colour) in enumerate(entries):
-        y = TEXT + 2 * GAP + i * (TEXT + GAP)
-        draw.rectangle((0, y, TEXT, y + TEXT), fill=colour, outline="black")
-        draw.text((TEXT + GAP, y), name, "black", font)
-    return sheet
-
-
-def beside(left, right):
-    """Two PIL images side by side, top edges level."""
-    sheet = Image.new("RGB", (left.width + right.width, max(left.height, right.height)), "white")
-    sheet.paste(left)
-    sheet.paste(right, (left.width, 0))
-    return sheet
-
-
-def curves(paths):
-    """Training loss and validation mIoU of one or several runs (log.jsonl) over the iterations, as a PIL image."""
-    panels = {"loss": "training loss", "val_miou": "validation mIoU"}
-    series = {key: [] for key in panels}
-    for path in paths:
-        try:
-            records = [dict(json.loads(line)) for line in Path(path).read_text().splitlines()]
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{path}: cannot be read as a log.jsonl of train.py: {first_line(error)}") from None
-        for key in panels:
-            points = [(r["iteration"], r[key]) for r in records if key in r]
-            series[key].append(np.array(points, float).reshape(-1, 2))         # (points, 2)
-    sheets = [(plot(series[key]), title) for key, title in panels.items() if any(len(s) for s in series[key])]
-    if not sheets:
-        raise UserError(f"{paths[0]}: holds no iterations yet")
-    names = [(Path(path).parent.name or str(path), LINES[i % len(LINES)]) for i, path in enumerate(paths)]
-    return beside(grid([sheets], width=512), legend(names))
-
-
-def plot(series, size=(512, 320)):
-    """Lines through series of (x, y) points (n, 2) -> PIL image with axes."""
-    sheet, font = Image.new("RGB", size, "white"), ImageFont.load_default(TEXT)
-    draw = ImageDraw.Draw(sheet)
-    points = np.concatenate(series)
-    low, high = points.min(0), points.max(0)
-    low[:] = 0                                                                 # both axes begin at nought
-    left, top, right, bottom = 48, 10, size[0] - 20, size[1] - 24
-    scale = np.array([right - left, top - bottom]) / np.maximum(high - low, 1e-9)
-    for share in np.linspace(0, 1, 5):                                         # grid lines and their numbers
-        x, y = low + share * (high - low)
-        px, py = left + share * (right - left), bottom + share * (top - bottom)
-        draw.line((left, py, right, py), fill=(225, 225, 225))
-        draw.text((4, py - TEXT / 2), f"{y:.3g}", "black", font)
-        draw.text((px, bottom + 4), f"{x:.0f}", "black", font, anchor="ma")
-    for s, colour in zip(series, LINES * len(series)):
-        line = [tuple(p) for p in (s - low) * scale + (left, bottom)]
-        draw.line(line, fill=colour, width=2)
-        for x, y in line if len(line) < 20 else ():
-            draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour)
-    return sheet
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Own images
+# ---- The script
 def own_images(path, size):
     """Name, image uint8 (3, h, w) and original (H, W) of an image file, or of those in a folder. The image is turned
     as its EXIF data says, and brought down to `size` pixels along its longer side: the network knows objects at the
@@ -214,43 +136,32 @@ def own_images(path, size):
         yield file.stem, torch.from_numpy(np.array(image)).permute(2, 0, 1), original
 
 
-def parse_args():
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", help="checkpoint: model.pth of train.py, or a released one")
-    parser.add_argument("--dataset", choices=DATASETS, help="data set (default: the one the checkpoint was trained on)")
-    parser.add_argument("--data-root", default="datasets", help="folder that holds the data set (default: datasets)")
-    parser.add_argument("--split", help="list of images to draw (default: the data set's for validation)")
-    parser.add_argument("--count", type=int, default=4, help="how many images of the data set (default: 4)")
-    parser.add_argument("--image", metavar="FILE|DIR", help="your own image, or a folder of images, instead")
-    parser.add_argument("--size", type=int, default=513, help="own images: longer side, in pixels (default: 513)")
-    parser.add_argument("--bases", help="bases to show: 3,17 or random (default: the four that hold the most pixels)")
-    parser.add_argument("--log", nargs="+", metavar="FILE", help="draw the curves of these log.jsonl as curves.png")
-    parser.add_argument("--out", metavar="DIR", help="output folder (default: pictures, beside the checkpoint or log)")
-    parser.add_argument("--device", default="auto", help="auto (cuda, then mps, then cpu) or a torch device")
-    args = parser.parse_args()
+    add = parser.add_argument
+    add("--ckpt", required=True, help="checkpoint: model.pth of train.py, or a released one")
+    add("--dataset", choices=DATASETS, help="data set (default: the one the checkpoint was trained on)")
+    add("--data-root", default="datasets", help="folder that holds the data set (default: datasets)")
+    add("--split", help="list of images to draw (default: the data set's for validation)")
+    add("--count", type=int, default=4, help="how many images of the data set (default: 4)")
+    add("--image", metavar="FILE|DIR", help="your own image, or a folder of images, instead")
+    add("--size", type=int, default=513, help="own images: longer side, in pixels (default: 513)")
+    add("--bases", help="bases to show: 3,17 or random (default: the four that hold the most pixels)")
+    add("--out", metavar="DIR", help="output folder (default: pictures, beside the checkpoint)")
+    add("--device", default="auto", help="auto (cuda, then mps, then cpu) or a torch device")
+    args = parser.parse_args(argv)
     if args.count < 1 or args.size < 1:
         raise UserError("--count and --size must be at least 1")
-    if not args.ckpt and not args.log:
-        raise UserError("nothing to draw: give --ckpt model.pth, or --log log.jsonl")
     return args
 
 
-def main():
-    args = parse_args()
-    out = Path(args.out or Path(args.ckpt or args.log[0]).parent / "pictures")
-    if args.log:
-        sheet = curves(args.log)
-        out.mkdir(parents=True, exist_ok=True)
-        sheet.save(out / "curves.png")
-        print(f"wrote {out}/curves.png")
-    if not args.ckpt:
-        return
-
+def main(argv=None):
+    args = parse_args(argv)
     net, device = load_checkpoint(args.ckpt), pick_device(args.device)
     if args.image:
-        classes = net.data.get("classes") or [f"class {c}" for c in range(net.config["num_classes"])]
-        if args.dataset in CLASSES and len(class_names(args.dataset)) == len(classes):     # for a released file
-            classes = class_names(args.dataset)
+        classes = net.data.get("classes") or class_names("voc")                # the released networks are VOC's
+        if len(classes) != net.config["num_classes"]:
+            raise UserError(f"{args.ckpt} has {net.config['num_classes']} classes and does not say which")
         items = ((name, image, None, original) for name, image, original in own_images(args.image, args.size))
     else:
         data = open_dataset(args, net)
@@ -258,17 +169,18 @@ def main():
         items = ((str(data.ids[i]), image, label if data.labelled else None, image.shape[1:])
                  for i in range(min(args.count, len(data))) for image, label in [data[i]])
     net.to(device, memory_format=memory_format(device))
+    out = Path(args.out or Path(args.ckpt).parent / "pictures")
     out.mkdir(parents=True, exist_ok=True)
     seen = []
     for name, image, label, original in items:
-        prediction, z = look(net, image.to(device))
-        if z is not None and len(seen) < 8:
-            seen.append((name, image, z))
+        prediction, z = predict_with_bases(net, image.to(device))
         bases = choose_bases(args.bases, [z]) if z is not None else []
         picture(image, label, prediction, z, bases, classes).save(out / f"{name}.png")
-        full = F.interpolate(prediction[None, None], tuple(original), mode="nearest-exact")[0, 0]    # (H, W)
+        full = F.interpolate(prediction[None, None], tuple(original), mode="nearest-exact")[0, 0]  # (H, W)
         save_index_png(full.numpy(), out / f"{name}_prediction.png", palette_of(classes))
         print(f"wrote {out}/{name}.png and {name}_prediction.png", flush=True)
+        if z is not None and len(seen) < 8:
+            seen.append((name, image, z[-1:]))                                 # the last round is enough
     if len(seen) > 1:
         bases = choose_bases(args.bases, [z for _, _, z in seen])
         bases_over_images(seen, bases).save(out / "bases.png")

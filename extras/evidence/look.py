@@ -1,8 +1,8 @@
 """Looks at trained networks, without training: robustness to the input's variance, compactness of what attention gives.
 
-    python assets/evidence/look.py robustness --data-root DIR          # of the networks that run.py camvid has trained
-    python assets/evidence/look.py compactness --data-root DIR
-    python assets/evidence/look.py robustness compactness --table      # print what is there, run nothing
+    python -m extras.evidence.look robustness --data-root DIR          # of the networks that run.py camvid has trained
+    python -m extras.evidence.look compactness --data-root DIR
+    python -m extras.evidence.look robustness compactness --table      # print what is there, run nothing
 
 Writes robustness.jsonl and compactness.jsonl here, one line per network; resumes.
 
@@ -11,21 +11,18 @@ Shapes: N pixels of the feature map, C channels, K bases, L classes.
 import argparse
 import io
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import Dataset
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent.parent))
-from run import commit, lines
-
 from data import IGNORE, build_dataset, normalise, to_pil
-from ema import EMAU, l2_norm, load_checkpoint
-from evaluate import evaluate, pad, pick_amp
+from ema import EMAU, at_least_float32, load_checkpoint
+from evaluate import evaluate, pad, pick_amp, run
+from extras.evidence.run import HERE, commit, lines
 
 CPU = torch.device("cpu")
 
@@ -68,18 +65,19 @@ class Disturbed(Dataset):
 def robustness(net, data):
     """{disturbance: mIoU}; and, of a network with EMAU, with its initial bases replaced by random ones."""
     amp = pick_amp("auto", CPU)
-    mious = {name: evaluate(net, Disturbed(data, disturb), CPU, workers=0, amp=amp)[0]["miou"]
+    mious = {name: evaluate(net, Disturbed(data, disturb), CPU, workers=0, amp=amp)["miou"]
              for name, disturb in DISTURBANCES.items()}
     if isinstance(net.attention, EMAU):
         net.attention.mu.copy_(random_bases(net))
-        mious["random mu^(0)"] = evaluate(net, data, CPU, workers=0, amp=amp)[0]["miou"]
+        mious["random mu^(0)"] = evaluate(net, data, CPU, workers=0, amp=amp)["miou"]
     return mious
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Compactness (Secs. 4.3, 6.5)
 def random_bases(net):
-    return l2_norm(torch.randn(net.attention.mu.shape, generator=torch.Generator().manual_seed(0)))        # (1, C, K)
+    mu = torch.randn(net.attention.mu.shape, generator=torch.Generator().manual_seed(0))   # (1, C, K)
+    return F.normalize(mu, dim=1)                                              # (1, C, K)
 
 
 def scatter(x, label):
@@ -110,12 +108,12 @@ def compactness(net, data, rounds=8):
 
     for i in range(len(data)):
         image, label = data[i]
-        features = net.features(pad(normalise(image[None])))                   # (1, C, h, w)
+        features = net.features(pad(normalise(image[None]), 8))                # (1, C, h, w)
         label = label[::8, ::8]                                                # (h', w') where the features lie, less
         grid = torch.arange(features[0, 0].numel()).view(features.shape[2:])   # those that see padding alone
         at = grid[:label.shape[0], :label.shape[1]][label != IGNORE]           # (M,)   the pixels that have a label
         label = label[label != IGNORE]                                         # (M,)
-        x = unit.pixels(features)                                              # (1, N, C)
+        x = at_least_float32(unit.conv1(features)).flatten(2).transpose(1, 2)  # (1, N, C)
         add("x", scatter(x[0, at], label))
         u, s, v = torch.linalg.svd(x[0] - x[0].mean(0), full_matrices=False)   # (N, C), (C,), (C, C)
         s[unit.mu.shape[2]:] = 0
@@ -162,14 +160,14 @@ def table(name):
     return None
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="+", choices=("robustness", "compactness"))
     parser.add_argument("--runs", type=Path, default=HERE.parent.parent / "out" / "evidence", help="where run.py trains")
     parser.add_argument("--arms", nargs="+", default=["none", "emau-none", "emau-last", "emau-full"], help="of which runs")
     parser.add_argument("--data-root", default="datasets", help="folder of CamVid (default: datasets)")
     parser.add_argument("--table", action="store_true", help="print what is there")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     for what in args.what:
         path = HERE / f"{what}.jsonl"
         done = [line["network"] for line in lines(what)]
@@ -189,4 +187,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

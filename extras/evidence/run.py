@@ -1,8 +1,8 @@
 """Runs the experiments of this folder: train.py for every arm and seed, one line of results per run.
 
-    python assets/evidence/run.py cells --jobs 2                       # resumes: what has a line is not run again
-    python assets/evidence/run.py cells --table                        # mean, deviation, paired difference, of what is there
-    python assets/evidence/run.py camvid --data-root DIR
+    python -m extras.evidence.run cells --jobs 2                # resumes: what has a line is not run again
+    python -m extras.evidence.run cells --table                 # mean, deviation, paired difference, of what is there
+    python -m extras.evidence.run camvid --data-root DIR
 
 Writes EXPERIMENT.jsonl here; the networks and full logs go to out/evidence/EXPERIMENT-ARM-SEED (`--out` of train.py).
 """
@@ -16,6 +16,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
+
+from data import build_dataset
+from ema import EMAU, load_checkpoint
+from evaluate import run
+from extras.bases import mean_statistics
+from extras.curves import read_log
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -29,7 +36,7 @@ SIZES = {"K4": "--num-bases 4", "K16": "--num-bases 16", "T1": "--em-iterations 
 SIZES = {f"emau-full-{size}": f"--gradient full {flag}" for size, flag in SIZES.items()}
 CELLS = "--iters 400 --eval-every 400 --workers 1"
 CAMVID = ("--dataset folder --backbone resnet18 --weights none --output-stride 8 --channels 128 --crop 161 --batch-size 8 "
-          "--lr 0.03 --iters 400 --eval-every 400 --workers 1 --cache")
+          "--lr 0.03 --iters 400 --eval-every 400 --workers 1")
 EXPERIMENTS = {  # name: flags of all runs, {arm: its flags}, seeds
     "cells": ("--dataset cells " + CELLS, ARMS, 5),
     "cells-key": ("--dataset cells-key " + CELLS, ARMS, 5),
@@ -58,12 +65,16 @@ def command_of(name, arm, seed):
 
 def result_of(name, arm, seed):
     """The line of a run, None if there is none with just these flags."""
-    # The first runs, of commit 9b8fda1, left "--gradient none" unsaid: it was the default then.
-    wanted = command_of(name, arm, seed).replace(" --gradient none", "")
-    return next((line for line in lines(name) if line["command"].replace(" --gradient none", "") == wanted), None)
+    def bare(command):
+        # The first runs, of commit 9b8fda1, left "--gradient none" unsaid: it was the default then. Those of CamVid
+        # had a --cache, which changed their speed alone; train.py has it no more.
+        return command.replace(" --gradient none", "").replace(" --cache", "")
+
+    wanted = bare(command_of(name, arm, seed))
+    return next((line for line in lines(name) if bare(line["command"]) == wanted), None)
 
 
-def run(name, arm, seed, data_root):
+def train(name, arm, seed, data_root):
     """One run of train.py, resumed if it was interrupted; its last validation becomes a line of NAME.jsonl."""
     command = command_of(name, arm, seed)
     out = ROOT / "out" / "evidence" / f"{name}-{arm}-{seed}"
@@ -75,16 +86,25 @@ def run(name, arm, seed, data_root):
     if done.returncode:
         print(f"{name} {arm} {seed} failed: {done.stderr.strip()[-500:]}", flush=True)
         return
-    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    headers, records = read_log(out / "log.jsonl")
+    records = list(records.values())
     last = [r for r in records if "val_miou" in r][-1]
-    line = {"arm": arm, "seed": seed, "command": command, "commit": code,
-            "device": records[0]["device"], "torch": records[0]["torch"], "seconds": round(time.time() - begun),
-            "loss": [round(r["loss"], 4) for r in records if "loss" in r][::5],
-            **{k: round(v, 5) for k, v in last.items() if k.startswith("bases_") or k in ("val_miou", "val_pixacc")},
-            "acc": [round(v, 5) for v in last["val_acc"]]}
+    line = {"arm": arm, "seed": seed, "command": command, "commit": code, "machine": headers[0]["machine"],
+            "seconds": round(time.time() - begun), "loss": [round(r["loss"], 4) for r in records if "loss" in r][::5],
+            "val_miou": round(last["val_miou"], 5), "val_pixacc": round(last["val_pixacc"], 5),
+            **statistics_of_bases(out / "model.pth", data_root), "acc": [round(v, 5) for v in last["val_acc"]]}
     with open(HERE / f"{name}.jsonl", "a") as file:
         file.write(json.dumps(line) + "\n")
     print(f"{name} {arm} {seed}: {score(name, line):.2f}, {line['seconds']} s", flush=True)
+
+
+def statistics_of_bases(path, data_root):
+    """What the bases of a trained network do on the first images for validation; {} where it has none."""
+    net = load_checkpoint(path)
+    if not isinstance(net.attention, EMAU):
+        return {}
+    data = build_dataset(net.data["dataset"], data_root or "datasets")
+    return {f"bases_{key}": round(v, 5) for key, v in mean_statistics(net, data, torch.device("cpu")).items()}
 
 
 def score(name, line):
@@ -113,18 +133,18 @@ def table(name):
         print(row)
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiments", nargs="+", choices=EXPERIMENTS)
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side, of one thread each (default: 1)")
     parser.add_argument("--data-root", help="folder of the data set, for camvid")
     parser.add_argument("--table", action="store_true", help="print what is there, run nothing")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if not args.table:
         with ThreadPoolExecutor(args.jobs) as pool:                            # seed by seed, so that arms stay level
             waiting = [(name, arm, seed) for name in args.experiments for seed in range(EXPERIMENTS[name][2])
                        for arm in EXPERIMENTS[name][1]]
-            futures = [pool.submit(run, *each, args.data_root) for each in waiting
+            futures = [pool.submit(train, *each, args.data_root) for each in waiting
                        if not result_of(*each)]
             try:
                 for future in futures:
@@ -137,4 +157,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
