@@ -14,11 +14,14 @@ from torch import nn
 from torchvision import models
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
-MULTI_GRID = (1, 2, 4)        # rates of layer4's blocks relative to each other (DeepLabV3, used by EMANet: Sec. 6.1)
+# Output stride: strides of layer3 and layer4, dilation of layer3 (from its second block), dilations of layer4's blocks.
+# layer4's are multi-grid, 1, 2, 4 times the layer's (Sec. 6.1), but its first block keeps the rate of the layer before,
+# as in torchvision. (DeepLab's own rule would give 4, 8, 16 at output stride 8; the released EMANet has 2, 8, 16.)
+DILATION = {8: (1, 1, 2, (2, 8, 16)), 16: (2, 1, 1, (1, 4, 8)), 32: (2, 2, 1, (1, 2, 4))}
 
 
 class UserError(Exception):
-    """Something the user can put right: one line that says what, where, and what to do. Scripts print it without a
+    """A mistake the user can correct: one line that says what, where, and what to do. Scripts print it without a
     traceback. It lives in the lowest file so that every other one can raise it."""
 
     def __init__(self, message):
@@ -72,15 +75,13 @@ class DilatedResNet(nn.Module):
         changed: train at 16, evaluate at 8 (Sec. 6.1)."""
         ends_early = isinstance(self.layer3, nn.Identity)
         if output_stride not in ((8,) if ends_early else (8, 16, 32)):
-            raise UserError(f"output stride {output_stride} is not available: choose 8" + ", 16 or 32" * (not ends_early))
+            choices = "8" if ends_early else "8, 16 or 32"
+            raise UserError(f"output stride {output_stride} is not available: choose {choices}")
         if ends_early:
             return
-        stride3, stride4 = {32: (2, 2), 16: (2, 1), 8: (1, 1)}[output_stride]
-        rate3, rate4 = 2 // stride3, 32 // output_stride           # what dilation has to make up for
+        stride3, stride4, rate3, rates4 = DILATION[output_stride]
         set_rates(self.layer3, stride3, [1] + [rate3] * (len(self.layer3) - 1))
-        # torchvision's rule: the first block, where the stride was, keeps the rate of the layer before it.
-        # (DeepLab's own rule would give 4, 8, 16 at output stride 8; the released EMANet has 2, 8, 16.)
-        set_rates(self.layer4, stride4, [rate3] + [rate4 * grid for grid in MULTI_GRID[1:len(self.layer4)]])
+        set_rates(self.layer4, stride4, rates4[:len(self.layer4)])
 
 
 def set_rates(layer, stride, rates):

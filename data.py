@@ -22,6 +22,7 @@ from backbone import UserError, first_line
 IGNORE = 255                      # label of pixels that count neither in training nor in evaluation
 ILLEGAL = 254                     # in a label table: a value that must not occur
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)          # ImageNet's, of images in 0..1
+MEAN_COLOUR = (torch.tensor(MEAN).view(3, 1, 1) * 255).round().byte()  # (3, 1, 1)  what a crop is padded with
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)                   # of the training view (released code's seven steps)
 DRAWN = ("scenes", "cells", "cells-key", "cells-local")           # by program: extras/drawn.py
 DATASETS = (*DRAWN, "voc", "context", "cocostuff", "cocostuff164k", "coco2voc", "folder")
@@ -29,8 +30,6 @@ VAL_SPLIT = {"cocostuff": "test"}                                 # what others 
 README = "is --data-root right? (README, Data)"                   # how messages about missing files end
 
 CLASSES = {  # names in the order of the class indices
-    "scenes": "sky, sea, grass, sand, mountain, tree, house, boat, sun",
-    **dict.fromkeys(("cells", "cells-key", "cells-local"), "dark stripes, bright stripes, lines, checks"),
     "voc": "background, aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, diningtable, dog, horse, "
            "motorbike, person, pottedplant, sheep, sofa, train, tvmonitor",
     "context": (  # the order of the release's 59_labels.txt
@@ -176,18 +175,21 @@ def context(root, split, num_classes):
     ids = read_list(within(root, "VOCdevkit/VOC2010/ImageSets/Main") / f"{split}.txt")
     images = find_files(within(root, "VOCdevkit/VOC2010/JPEGImages", "VOCdevkit/VOC2012/JPEGImages"), ids, (".jpg",))
     mats = within(root, "trainval", "VOCdevkit/trainval", "VOCdevkit/VOC2010/trainval", "context/trainval")
-    first, other = (0, IGNORE) if num_classes == 59 else (1, 0)
+    classes, other, first = class_names("context"), IGNORE, 0
+    if num_classes == 60:                            # everything else is class 0
+        classes, other, first = ["other", *classes], 0, 1
     table = {raw: other for raw in range(460)}
     table |= {int(raw): c for c, raw in enumerate(CONTEXT_IDS.split(), first)}
-    classes = ["other"] * first + class_names("context")
     return Pairs("context", split, classes, ids, images, find_files(mats, ids, (".mat",)), label_table(table))
 
 
 def coco_table(shift):
-    """COCO-Stuff's 171 classes: raw = id - shift, ids 1..182 without the removed ones; shift 0: 10K, shift 1: 164K."""
+    """COCO-Stuff's 171 classes: ids 1..182 without the removed ones. A label file holds id - shift: shift 0 in the 10K
+    release, where 0 is unlabelled, 1 in the 164K release, where 255 is."""
     kept = [i for i in range(1, 183) if i not in COCO_REMOVED]
     table = {i - shift: IGNORE for i in COCO_REMOVED} | {i - shift: c for c, i in enumerate(kept)}
-    return table | {0 if shift == 0 else 255: IGNORE}             # unlabelled
+    unlabelled = 255 if shift else 0
+    return table | {unlabelled: IGNORE}
 
 
 def cocostuff(root, split):
@@ -226,7 +228,7 @@ def folder(root, split):
     if len(classes) > ILLEGAL:
         raise UserError(f"{root / 'classes.txt'}: {len(classes)} classes, at most {ILLEGAL} fit in a label")
     ids = read_list(root / "ImageSets" / "Segmentation" / f"{split}.txt", whole_line=True)      # names may have spaces
-    return Pairs("folder", split, classes, ids, find_files(root / "JPEGImages", ids, (".jpg", ".jpeg", ".png")),
+    return Pairs("folder", split, classes, ids, find_files(root / "JPEGImages", ids, (".jpg", ".jpeg", ".png", ".JPG")),
                  find_files(root / "SegmentationClass", ids, (".png",)),
                  label_table({c: c for c in (*range(len(classes)), IGNORE)}))
 
@@ -235,12 +237,12 @@ def folder(root, split):
 def within(root, *places):
     """The first of these places that exists below root. UserError tells where it is instead: archives get unpacked one
     level too deep, or the wrong level named."""
-    for base in (root, root.resolve().parent, root.resolve().parent.parent, *root.glob("*/"), *root.glob("*/*/")):
-        for place in places:
-            if (base / place).exists() and base == root:
-                return base / place
-            if (base / place).exists():
-                raise UserError(f"no {place} in {root}: it is in {base}: --data-root {base}")
+    for place in places:
+        if (root / place).exists():
+            return root / place
+    for base in (root.resolve().parent, root.resolve().parent.parent, *root.glob("*/"), *root.glob("*/*/")):
+        if (base / places[0]).exists():
+            raise UserError(f"no {places[0]} in {root}: it is in {base}: --data-root {base}")
     raise UserError(f"no {places[0]} in {root}: {README}")
 
 
@@ -274,7 +276,7 @@ def find_files(base, ids, suffixes):
 def read_image(path, turn=False):
     """An image file as uint8 (3, H, W). turn: as its EXIF data says, which the labels of data sets never are."""
     try:
-        with Image.open(path) as image:
+        with Image.open(str(path)) as image:
             if turn:
                 image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):                                 # 16 bits of gray: Pillow would cut them off
@@ -291,10 +293,10 @@ def read_label(path):
         if str(path).endswith(".mat"):
             raw = read_mat(path)  # (H, W)
         else:
-            with Image.open(path) as image:
+            with Image.open(str(path)) as image:
                 raw = np.array(image)  # (H, W)
                 if image.mode not in ("P", "L"):
-                    raise UserError(f"{path}: a label holds class indices (palette or 8-bit gray), this is {image.mode}")
+                    raise UserError(f"{path}: a label holds class indices (palette or 8-bit gray), not {image.mode}")
         if raw.dtype != np.uint8:                # ids reach 459, and some tools write doubles: never wrap, never round
             raw, read = raw.astype(np.uint16), raw
             if (raw != read).any():
@@ -353,14 +355,12 @@ class TrainView(Dataset):
         return (padded.flip(2), label.flip(1)) if flip else (padded, label)    # after the padding, as the released code
 
     def window(self, rng, size, scale):
-        """Along one side: first source pixel, number of source pixels, number of pixels after scaling."""
+        """Cuts one side: returns the first source pixel, the number of source pixels, and of pixels after scaling."""
         length = round(self.crop / scale)
         if length <= size:
             return rng.integers(size - length + 1), length, self.crop
-        return 0, size, max(1, round(size * scale))
+        return 0, size, max(1, round(size * scale))                # a smaller image is taken whole, and padded later
 
-
-MEAN_COLOUR = (torch.tensor(MEAN).view(3, 1, 1) * 255).round().byte()  # (3, 1, 1)
 
 
 def nearest_pixels(length, out):
@@ -372,7 +372,8 @@ class Schedule:
     """The batches of a run, as a sampler: which (iteration, index) this process reads. A function of (seed, iteration)
     and of nothing else, for a global batch cut into `world` processes times `accumulate` parts.
 
-    An epoch is a new order of all images; what does not fill its last batch is left out.
+    An epoch is a new order of all images; what does not fill its last batch is left out. A batch of 16 with world 2 and
+    accumulate 2: rank 0 reads its images 0, 2, 4, 6, then 8, 10, 12, 14.
     """
 
     def __init__(self, data, batch_size, seed, iterations, rank=0, world=1, accumulate=1):
@@ -385,9 +386,9 @@ class Schedule:
     def __iter__(self):
         for iteration in self.iterations:
             batch = [(iteration, int(i)) for i in self.indices(iteration)]
-            part = len(batch) // self.accumulate
-            for k in range(0, len(batch), part):
-                yield batch[k + self.rank:k + part:self.world]
+            part_size = len(batch) // self.accumulate
+            for first in range(0, len(batch), part_size):
+                yield batch[first + self.rank:first + part_size:self.world]
 
     def indices(self, iteration):
         """The indices of the global batch of one iteration."""

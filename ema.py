@@ -4,8 +4,10 @@
     net = load_checkpoint("model.pth")                 # this project's files, or those of the released code
     logits = net(images)  # (B, 3, H, W) normalised -> (B, L, H, W)
 
-Shapes: B images, C channels, N = H * W pixels of one feature map, K bases, L classes. In the maths x (B, N, C) are
-the pixels, mu (B, C, K) the bases, z (B, N, K) the responsibilities. Equation and section numbers are the paper's.
+Shapes: B images, C channels, N = h * w pixels of one feature map, K bases, L classes; images are H x W, features h x w,
+h = ceil(H / S) with S the output stride. In the maths x (B, N, C) are the pixels, mu (B, C, K) the bases, z (B, N, K)
+the responsibilities. Equation and section numbers are the paper's. `differs:` marks a departure from the paper or the
+released code.
 """
 import math
 import os
@@ -30,8 +32,8 @@ CHOICES = {  # of the options that are words
 class EMAU(nn.Module):
     """Expectation-maximization attention unit (Sec. 5, Fig. 2): 1x1 conv, EM on every image, ReLU, 1x1 conv + BN, sum.
 
-    in:  features (B, C, H, W)
-    out: features (B, C, H, W)
+    in:  features (B, C, h, w)
+    out: features (B, C, h, w)
 
     num_bases K, iterations T; lam is lambda of Eq. 12, the inverse temperature; alpha the momentum of Eq. 15.
     base_update: how mu^(0), `mu` (1, C, K), is kept (Sec. 5.2): "average" of the batches, as BN keeps its statistics;
@@ -53,19 +55,20 @@ class EMAU(nn.Module):
         self.base_update, self.base_norm, self.gradient = base_update, base_norm, gradient
         self.conv1 = nn.Conv2d(channels, channels, 1)         # no ReLU after it: inner products need both signs (5.1)
         self.conv2 = nn.Sequential(nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels))
-        mu = F.normalize(torch.randn(1, channels, num_bases) * math.sqrt(2 / num_bases), dim=1)  # (1, C, K)
+        mu = F.normalize(torch.randn(1, channels, num_bases), dim=1)  # (1, C, K)
         if base_update == "backprop":
             self.mu = nn.Parameter(mu)
         else:
             self.register_buffer("mu", mu)
-        # The released init. conv1's is the temperature: with torch's default x is short, and z uniform.
+        # The released init. conv1's scale acts as a temperature: with torch's default, x is so short that z is nearly
+        # uniform.
         for conv in (self.conv1, self.conv2[0]):
             nn.init.normal_(conv.weight, std=math.sqrt(2 / channels))
         # With no gradient through EM conv1 never changes. Saying so here is what lets DistributedDataParallel work:
         # it waits for a gradient from every parameter that asks for one.
         self.conv1.requires_grad_(gradient != "none")
 
-    def forward(self, x):  # (B, C, H, W)
+    def forward(self, x):  # (B, C, h, w)
         residual = x
         x = at_least_float32(self.conv1(x)).flatten(2).transpose(1, 2)  # (B, N, C)
         with torch.autocast(x.device.type, enabled=False):                     # sums over N pixels need float32
@@ -74,11 +77,12 @@ class EMAU(nn.Module):
             if self.training and self.base_update == "average":
                 self.update_bases(mu)
             x = z @ mu.transpose(1, 2)  # (B, N, C)  X~, re-estimation, Eq. 14
-        x = F.relu(x).transpose(1, 2).unflatten(2, residual.shape[2:])  # (B, C, H, W)
-        return F.relu(residual + self.conv2(x))  # (B, C, H, W)
+        x = F.relu(x).transpose(1, 2).unflatten(2, residual.shape[2:])  # (B, C, h, w)
+        return F.relu(residual + self.conv2(x))  # (B, C, h, w)
 
     def em(self, x):
-        """The EM rounds t = 1..T on pixels x (B, N, C): yields z^(t) (B, N, K) and mu^(t) (B, C, K) after each."""
+        """The EM rounds t = 1..T on pixels x (B, N, C): yields z^(t) (B, N, K) and mu^(t) (B, C, K) after each. The
+        network takes the last, visualize.py all."""
         if self.gradient == "none":
             x = x.detach()                                                     # EM is a constant to the backward pass
         # A copy for every image, as update_bases changes `mu` in place while the graph of a full gradient is alive.
@@ -87,7 +91,7 @@ class EMAU(nn.Module):
             z = self.e_step(x, mu)  # (B, N, K)
             mu = self.m_step(x, z)  # (B, C, K)
             if self.gradient == "last":
-                mu = mu.detach()           # what is left is the gradient of z^(T): a fixed point's last step
+                mu = mu.detach()           # so that only the last E-step, from a constant mu^(T-1), is differentiated
             yield z, mu
 
     def e_step(self, x, mu):
@@ -125,20 +129,20 @@ def at_least_float32(x):
 # ---- The relatives (Secs. 3.3, 5.4): drop-in blocks of the same shape, with the same output convolution, BN and sum
 class NonLocal(nn.Module):
     """Non-local block (Eq. 9): every pixel is re-estimated from all N pixels, which serve as the bases. Costs N * N."""
-    # differs: its authors' block pools the pixels, scales the scores, starts BN's gamma at 0, has no ReLU after the sum.
+    # differs: its authors' block pools the pixels, scales the scores, starts BN's gamma at 0, ends without ReLU.
 
     def __init__(self, channels):
         super().__init__()
         self.theta, self.phi, self.g = (nn.Conv2d(channels, channels // 2, 1) for _ in range(3))
         self.out = nn.Sequential(nn.Conv2d(channels // 2, channels, 1, bias=False), nn.BatchNorm2d(channels))
 
-    def forward(self, x):  # (B, C, H, W)
+    def forward(self, x):  # (B, C, h, w)
         query, key, value = (at_least_float32(conv(x)).flatten(2).transpose(1, 2)
                              for conv in (self.theta, self.phi, self.g))  # (B, N, C/2) each
         with torch.autocast(x.device.type, enabled=False):                     # in float32, as EM is
             z = torch.softmax(query @ key.transpose(1, 2), dim=2)  # (B, N, N)
-            y = (z @ value).transpose(1, 2).unflatten(2, x.shape[2:])  # (B, C/2, H, W)
-        return F.relu(x + self.out(y))  # (B, C, H, W)
+            y = (z @ value).transpose(1, 2).unflatten(2, x.shape[2:])  # (B, C/2, h, w)
+        return F.relu(x + self.out(y))  # (B, C, h, w)
 
 
 class A2Block(nn.Module):
@@ -152,12 +156,12 @@ class A2Block(nn.Module):
         self.theta, self.rho = nn.Conv2d(channels, num_bases, 1), nn.Conv2d(channels, num_bases, 1)
         self.out = nn.Sequential(nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels))
 
-    def forward(self, x):  # (B, C, H, W)
+    def forward(self, x):  # (B, C, h, w)
         gather = torch.softmax(self.theta(x).flatten(2), dim=2)  # (B, K, N)  over the pixels
         bases = self.phi(x).flatten(2) @ gather.transpose(1, 2)  # (B, C, K)
         distribute = torch.softmax(self.rho(x).flatten(2), dim=1)  # (B, K, N)  over the bases
-        y = (bases @ distribute).unflatten(2, x.shape[2:])  # (B, C, H, W)
-        return F.relu(x + self.out(y))  # (B, C, H, W)
+        y = (bases @ distribute).unflatten(2, x.shape[2:])  # (B, C, h, w)
+        return F.relu(x + self.out(y))  # (B, C, h, w)
 
 
 # ---- The network
@@ -167,7 +171,7 @@ class EMANet(nn.Module):
     in:  images (B, 3, H, W), normalised
     out: logits (B, num_classes, H, W)
 
-    decoder adds the released code's 3x3 convolution to 256, BN, ReLU, Dropout2d, which the paper's Table 1 has not.
+    decoder adds the released code's 3x3 convolution to 256, BN, ReLU, Dropout2d, which Table 1 does not count.
     The arguments are kept in `config`, so that EMANet(**net.config) builds the same network again.
     """
 
@@ -195,20 +199,20 @@ class EMANet(nn.Module):
                 module.momentum = bn_momentum
 
     def forward(self, images):  # (B, 3, H, W)
-        logits = self.head(self.features(images))  # (B, L, H/S, W/S)
+        logits = self.head(self.features(images))  # (B, L, h, w)
         return F.interpolate(logits, images.shape[2:], mode="bilinear", align_corners=True)  # (B, L, H, W)
 
     def features(self, images):
-        """What the attention sees: images (B, 3, H, W) -> (B, C, H/S, W/S)."""
-        return self.reduce(self.backbone(images))  # (B, C, H/S, W/S)
+        """What the attention sees: images (B, 3, H, W) -> (B, C, h, w)."""
+        return self.reduce(self.backbone(images))  # (B, C, h, w)
 
     def head(self, x):
-        """Attention and classifier: features (B, C, H/S, W/S) -> logits (B, L, H/S, W/S) in at least float32."""
-        x = self.decoder(self.attention(x))  # (B, C or 256, H/S, W/S)
+        """Attention and classifier: features (B, C, h, w) -> logits (B, L, h, w) in at least float32."""
+        x = self.decoder(self.attention(x))  # (B, C or 256, h, w)
         if self.training:
-            return at_least_float32(self.classifier(x))  # (B, L, H/S, W/S)
+            return at_least_float32(self.classifier(x))  # (B, L, h, w)
         with torch.autocast(x.device.type, enabled=False):                     # in bfloat16 the largest logits tie
-            return self.classifier(at_least_float32(x))  # (B, L, H/S, W/S)
+            return self.classifier(at_least_float32(x))  # (B, L, h, w)
 
     def set_output_stride(self, output_stride):
         """Changes the output stride (8, 16, 32) of the network, trained or not: dilations hold no weights."""
@@ -265,13 +269,14 @@ def load_checkpoint(path):
     checkpoint = read_checkpoint(path)
     try:
         if "net" in checkpoint:
-            state, config, data = *from_released(checkpoint["net"]), {}
+            state, config = from_released(checkpoint["net"])
+            data = {}
         else:
             state, config, data = checkpoint["model"], checkpoint["config"]["network"], checkpoint["config"]["data"]
         net = EMANet(**config | {"weights": "none"})
         net.load_state_dict(state, strict=True)
         net.data = dict(data)
-    except Exception as error:  # noqa: BLE001 - settings made in bad faith raise many kinds
+    except Exception as error:  # noqa: BLE001 - a made-up config raises many kinds
         raise UserError(f"{path}: does not fit the network it describes: {first_line(error)}") from None
     return net.eval()
 
@@ -289,7 +294,7 @@ def from_released(released):
     for key, value in released.items():
         key = key.removeprefix("module.")
         theirs = next((name for name in RELEASED_NAMES if key.startswith(name + ".")), "")
-        state[RELEASED_NAMES.get(theirs, "") + key[len(theirs):]] = value      # strict loading will refuse strangers
+        state[RELEASED_NAMES.get(theirs, "") + key[len(theirs):]] = value      # an unknown name fails to load
     _, channels, num_bases = state["attention.mu"].shape
     depth = len({key.split(".")[2] for key in state if key.startswith("backbone.layer3.")})
     return state, {"num_classes": len(state["classifier.bias"]),

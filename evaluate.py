@@ -24,7 +24,7 @@ from backbone import UserError, first_line
 from data import DATASETS, build_dataset, normalise, palette_of, save_index_png
 from ema import EMAU, load_checkpoint
 
-TIMEOUT = 600                                           # seconds after which a process or worker that hangs ends the job
+TIMEOUT = 600                                           # seconds until a process or worker that hangs ends the job
 MS_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)           # of two forks of the released code, which itself has none
 
 
@@ -42,7 +42,7 @@ def predict(net, image, ms_flip=False, amp=None):
         view = F.interpolate(image, (h, w), mode="bilinear", align_corners=True)  # (1, 3, h, w)
         if ms_flip:
             view = torch.cat([view, view.flip(3)])  # (2, 3, h, w)  the mirror image
-        view = pad(view, net.config["output_stride"])  # (1 or 2, 3, Sk+1, Sl+1)
+        view = pad(view, net.config["output_stride"])  # (1 or 2, 3, h', w')
         with torch.autocast(view.device.type, amp, enabled=amp is not None):
             logits = net(view)[:, :, :h, :w]  # (1 or 2, L, h, w)
         if ms_flip:
@@ -52,9 +52,10 @@ def predict(net, image, ms_flip=False, amp=None):
 
 
 def pad(images, stride):
-    """Zeros at the right and bottom up to S k + 1 pixels, S the output stride, so that align_corners puts every feature
-    on a pixel: (B, 3, H, W) -> (B, 3, Sk+1, Sl+1). The padding takes part in EM, as in the released code."""
-    return F.pad(images, (0, -(images.shape[3] - 1) % stride, 0, -(images.shape[2] - 1) % stride))
+    """Zeros at the right and bottom, up to a multiple of the output stride plus 1, so that align_corners puts every
+    feature on a pixel: (B, 3, H, W) -> (B, 3, H', W'). The padding takes part in EM, as in the released code."""
+    below, right = ((1 - side) % stride for side in images.shape[2:])
+    return F.pad(images, (0, right, 0, below))  # (B, 3, H', W')
 
 
 # ---- The metric
@@ -87,11 +88,11 @@ def evaluate(net, data, device, *, ms_flip=False, amp=None, workers=2, save_png=
     net.eval()
     torch.backends.cudnn.benchmark = False                                     # images are of many sizes
     rank, world = rank_and_world()
-    mine, start, L = range(rank, len(data), world), time.time(), len(data.classes)
+    my_indices, start, L = range(rank, len(data), world), time.time(), len(data.classes)
     confusion = torch.zeros(L, L, dtype=torch.int64, device=device)
-    loader = make_loader(data, device, min(workers, len(mine)), batch_size=None, sampler=mine)
+    loader = make_loader(data, device, min(workers, len(my_indices)), batch_size=None, sampler=my_indices)
     reported = start
-    for done, (i, (image, label)) in enumerate(zip(mine, loader, strict=True), 1):
+    for done, (i, (image, label)) in enumerate(zip(my_indices, loader, strict=True), 1):
         logits = predict(net, image.to(device), ms_flip, amp)  # (L, H, W)
         prediction = logits.max(0)[1]  # (H, W)  max is faster than argmax
         confusion += confusion_matrix(prediction, label.to(device), L)
@@ -99,7 +100,7 @@ def evaluate(net, data, device, *, ms_flip=False, amp=None, workers=2, save_png=
             save_index_png(prediction.cpu().numpy(), Path(save_png) / f"{data.ids[i]}.png", palette_of(data.classes))
         if progress and time.time() - reported > 5:
             reported = time.time()
-            eta = timedelta(seconds=int((reported - start) / done * (len(mine) - done)))
+            eta = timedelta(seconds=int((reported - start) / done * (len(my_indices) - done)))
             print_on_rank0(f"  {done * world}/{len(data)} images | eta {eta}")
     if world > 1:
         dist.all_reduce(confusion)
@@ -128,7 +129,8 @@ def init_distributed(device_name):
         device = torch.device("cuda", local % count)
         torch.cuda.set_device(device)
     # gloo beside nccl: the processes agree on when to stop without waiting for the GPU
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=TIMEOUT))
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT))
     return device
 
 
@@ -138,7 +140,7 @@ def rank_and_world():
 
 
 def end_distributed():
-    """Nobody leaves while another still talks to it: torch 2.10's gloo can hang then."""
+    """Waits for the other processes first: torch 2.10's gloo can hang when one leaves early."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -156,7 +158,7 @@ def pick_device(name="auto"):
     kind, _, index = name.partition(":")
     count = {"cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available(), "cpu": 1}.get(kind, 0)
     if not (index or "0").isdigit() or int(index or 0) >= count:
-        raise UserError(f"--device {name}: torch {torch.__version__} sees {int(count)} of them; --device cpu works anywhere")
+        raise UserError(f"--device {name}: torch sees {int(count)} of that kind; --device cpu works anywhere")
     return torch.device(name)
 
 
@@ -184,7 +186,7 @@ def leave_process_group(worker_id):
 
 
 def run(main):
-    """Runs a script's main(argv). What the user can put right becomes one line and exit status 1."""
+    """Runs a script's main. A mistake the user can correct becomes one line and exit status 1."""
     try:
         main()
         sys.stdout.flush()
@@ -193,8 +195,8 @@ def run(main):
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     except torch.OutOfMemoryError as error:
-        sys.exit(f"error: the GPU's memory ran out ({first_line(error)}): in training --accumulate 2 halves what a step "
-                 "needs; --crop and --output-stride 16 lower it as well")
+        sys.exit(f"error: the GPU's memory ran out ({first_line(error)}): --output-stride 16 needs less, in training "
+                 "--accumulate 2 and a smaller --crop as well")
 
 
 # ---- The script

@@ -44,6 +44,8 @@ from evaluate import (
 )
 
 # The recipes. "paper": the paper's own settings (Sec. 6.1); "released": those of the released code where it differs.
+# What the paper leaves open (BN momentum, gradient) is as in the released code. bn_momentum, eval_output_stride and
+# layers have no flag.
 PAPER = {"split": "trainaug", "backbone": "resnet101", "stem": "7x7", "weights": "imagenet", "output_stride": 16,
          "eval_output_stride": 8, "crop": 513, "batch_size": 16, "iters": 30000, "lr": 0.009, "bn_momentum": 3e-4,
          "channels": 512, "decoder": False, "eval_every": 3000, "layers": 4, "gradient": "none"}
@@ -59,7 +61,7 @@ RECIPES = {
     ("coco2voc", "paper"): PAPER | {"split": "train", "iters": 150000, "eval_every": 15000},
     # A folder of images is small as a rule: half of VOC's iterations.
     ("folder", "paper"): PAPER | {"split": "train", "iters": 15000, "eval_every": 1500},
-    # Scenes are a smoke test for any laptop: a small network from scratch, so a large lr and quick BN statistics.
+    # Scenes are a smoke test for any laptop: a small network from scratch, so a large lr and BN momentum.
     ("scenes", "paper"): PAPER | {"split": "train", "backbone": "resnet18", "weights": "none", "output_stride": 8,
                                   "crop": 97, "iters": 400, "lr": 0.1, "channels": 128, "eval_every": 200,
                                   "bn_momentum": 0.0225}}
@@ -127,9 +129,9 @@ def parse_args(argv=None):
     recipe = RECIPES.get((args.dataset, args.recipe))
     if recipe is None:
         raise UserError(f"no recipe {args.recipe!r} for {args.dataset}: there is --recipe paper")
-    read = {"emau": NETWORK, "a2": ("num_bases",)}.get(args.attention, ())
+    used = {"emau": NETWORK, "a2": ("num_bases",)}.get(args.attention, ())
     for key in ("num_bases", "em_iterations", "lam", "alpha", "base_update", "base_norm", "gradient"):
-        if key not in read and getattr(args, key) != parser.get_default(key):
+        if key not in used and getattr(args, key) != parser.get_default(key):
             raise UserError(f"--{key.replace('_', '-')} is a setting of --attention emau, not of {args.attention}")
     for key, value in recipe.items():
         if getattr(args, key, None) is None:
@@ -138,7 +140,7 @@ def parse_args(argv=None):
                        "iters": 1, "eval_every": 1, "seed": 0, "workers": 0}.items():
         if getattr(args, key) < least:
             raise UserError(f"--{key.replace('_', '-')} {getattr(args, key)}: must be at least {least}")
-    # A recipe's BN momentum is made for its length: in a shorter run the statistics must still arrive.
+    # A recipe's BN momentum suits its length; in a shorter run the running statistics would stay near their init.
     if args.iters < recipe["iters"]:
         args.bn_momentum = min(0.1, max(args.bn_momentum, 9 / args.iters))
     args.out = args.out or f"out/{args.dataset}"
@@ -165,11 +167,17 @@ def batch_loss(model, batch, device, amp):
 
 def build_optimizer(net, lr):
     """SGD as in the released code: weight decay on convolutions' weights alone, twice the lr on all biases."""
-    weights, scales, biases = [], [], []                    # convolutions'; BN's, and mu if it is a parameter; all biases
+    weights, scales, biases = [], [], []
     for module in net.modules():
         for name, p in module.named_parameters(recurse=False):
-            if p.requires_grad:                             # with gradient none EMAU's first convolution is frozen
-                (biases if name == "bias" else weights if isinstance(module, nn.Conv2d) else scales).append(p)
+            if not p.requires_grad:                         # EMAU's first convolution, with gradient none
+                continue
+            if name == "bias":
+                biases.append(p)
+            elif isinstance(module, nn.Conv2d):
+                weights.append(p)
+            else:                                           # BN's, and mu where it is a parameter
+                scales.append(p)
     return torch.optim.SGD([{"params": weights, "weight_decay": 1e-4, "lr_scale": 1},
                             {"params": scales, "weight_decay": 0, "lr_scale": 1},
                             {"params": biases, "weight_decay": 0, "lr_scale": 2}], lr=lr, momentum=0.9)
@@ -200,6 +208,8 @@ def training_step(model, optimizer, loader, *, lr, accumulate, device, amp):
 def build_datasets(args):
     """The data sets for training and validation; no validation for a folder without a list for it."""
     data = build_dataset(args.dataset, args.data_root, args.split, args.context_classes)
+    if not data.labelled:
+        raise UserError(f"{args.dataset} {args.split} has no labels to train on")
     if not data.endless and len(data) < args.batch_size:
         raise UserError(f"{args.dataset} {args.split} has {len(data)} images, less than one batch of {args.batch_size}")
     if args.dataset == "folder" and not (Path(args.data_root) / "ImageSets/Segmentation/val.txt").exists():
@@ -254,15 +264,15 @@ def check_same_run(config, checkpoint):
                                 f"{value}): go on with the same, or start another run with --out DIR")
 
 
-def check_finite(losses, net, done, images_of):
+def check_finite(losses, net, done, data, schedule):
     """Stops a run whose losses (iterations,), the last of them of iteration `done`, or whose weights are not finite."""
     bad = losses.isfinite().logical_not().nonzero().flatten().tolist()
     if not bad and all(p.isfinite().all() for p in net.parameters()):
         return
     iteration = done - len(losses) + bad[0] + 1 if bad else done
-    raise UserError(f"the {'loss' if bad else 'update'} of iteration {iteration} is not finite (images "
-                    f"{images_of(iteration - 1)}): lower --lr or look at these images; --resume auto goes on from the "
-                    "last checkpoint")
+    images = ", ".join(str(i if data.endless else data.ids[i]) for i in schedule.indices(iteration - 1))
+    raise UserError(f"the {'loss' if bad else 'update'} of iteration {iteration} is not finite (images {images}): "
+                    "lower --lr or look at these images; --resume auto goes on from the last checkpoint")
 
 
 STOP = []                     # signals that asked this process to stop
@@ -286,6 +296,17 @@ def write_log(path, **record):
     if rank_and_world()[0] == 0:
         with open(path, "a") as file:
             file.write(json.dumps(record) + "\n")
+
+
+def log_iteration(path, args, device, *, iteration, loss, lr, seconds, data_seconds):
+    """Prints and writes one line about the last iterations: their mean loss, the time each took and waited for data."""
+    memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
+    eta = timedelta(seconds=int(seconds * (args.iters - iteration)))
+    print_on_rank0(f"iter {iteration:6d}/{args.iters} | loss {loss:.4f} | lr {lr:.2e} | {1000 * seconds:.0f} ms (data "
+                   f"{100 * data_seconds / seconds:.0f}%) | {args.batch_size / seconds:.1f} img/s | mem {memory:.1f} GB"
+                   f" | eta {eta}")
+    write_log(path, iteration=iteration, loss=loss, lr=lr, ms=1000 * seconds, data_ms=1000 * data_seconds,
+              memory_gb=memory)
 
 
 # ---- The script
@@ -333,75 +354,74 @@ def train(args):
     loader = iter(make_loader(TrainView(data, args.crop, args.seed), device, args.workers, batch_sampler=schedule))
 
     # what one needs to know to compare with the paper
-    out = Path(args.out)
     machine = f"{world} x {torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type}, " \
               f"{'bfloat16' if amp else 'float32'}, torch {torch.__version__}, torchvision {torchvision.__version__}"
     print_on_rank0("settings " + " ".join(f"{key}={value}" for key, value in vars(args).items()))
     print_on_rank0(f"weights  {'the checkpoint' if checkpoint else args.init or net.backbone.weights_origin}")
     print_on_rank0(f"data     {data.name} {data.split}: {'endless' if data.endless else len(data)} images, "
                    f"{len(data.classes)} classes; validation: {len(val) if val else 'none'}")
-    print_on_rank0(f"machine  {machine}" + f"\ngoing on after iteration {start}" * bool(checkpoint))
-    if rank == 0:                                                # all is known to be right
+    print_on_rank0(f"machine  {machine}")
+    if checkpoint:
+        print_on_rank0(f"going on after iteration {start}")
+    out = Path(args.out)
+    log = out / "log.jsonl"
+    if rank == 0:                                                # nothing can be found wrong any more
         out.mkdir(parents=True, exist_ok=True)
-    write_log(out / "log.jsonl", args=vars(args), machine=machine)
+    write_log(log, args=vars(args), machine=machine)
 
     log_every = max(1, min(50, args.iters // 50))
-    window, waited, begun, since = [], 0.0, time.time(), time.time()         # window: the losses since the last log line
-    for done in range(start + 1, args.iters + 1):
+    new_losses, waited, log_started = [], 0.0, time.time()       # since the last log line
+    for iteration in range(start + 1, args.iters + 1):
         # step. Dropout's randomness is a function of (seed, iteration, rank), so that no state of it has to be saved.
-        torch.manual_seed(int(np.random.SeedSequence((args.seed, done, rank)).generate_state(1)[0]))
-        lr = args.lr * (1 - (done - 1) / args.iters) ** 0.9                    # the "poly" policy
-        loss, seconds = training_step(model, optimizer, loader, lr=lr, accumulate=args.accumulate, device=device, amp=amp)
-        window.append(loss)
+        torch.manual_seed(int(np.random.SeedSequence((args.seed, iteration, rank)).generate_state(1)[0]))
+        lr = args.lr * (1 - (iteration - 1) / args.iters) ** 0.9               # the "poly" policy
+        loss, seconds = training_step(model, optimizer, loader, lr=lr, accumulate=args.accumulate, device=device,
+                                      amp=amp)
+        new_losses.append(loss)
         waited += seconds
         stop = stop_signal()
-        validate = done % args.eval_every == 0 or done == args.iters
-        save = stop or validate or done % SAVE_EVERY == 0
+        validate = iteration % args.eval_every == 0 or iteration == args.iters
+        save = stop or validate or iteration % SAVE_EVERY == 0
 
         # log
-        if save or done % log_every == 0:
-            losses = torch.stack(window)  # (iterations,)
+        if save or iteration % log_every == 0:
+            losses = torch.stack(new_losses)  # (iterations,)
             if world > 1:
                 dist.all_reduce(losses)
                 losses /= world
-            check_finite(losses, net, done, lambda i: ", ".join(str(data.ids[k % len(data)]) for k in schedule.indices(i)))
-            loss, pace = losses.mean().item(), (time.time() - since) / len(window)         # seconds per iteration
-            memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
-            print_on_rank0(f"iter {done:6d}/{args.iters} | loss {loss:.4f} | lr {lr:.2e} | {1000 * pace:.0f} ms (data "
-                           f"{100 * waited / len(window) / pace:.0f}%) | {args.batch_size / pace:.1f} img/s | "
-                           + f"mem {memory:.1f} GB | " * bool(memory) + f"eta {timedelta(seconds=int(pace * (args.iters - done)))}")
-            write_log(out / "log.jsonl", iteration=done, loss=loss, lr=lr, ms=1000 * pace,
-                      data_ms=1000 * waited / len(window), memory_gb=memory)
-            window, waited, since = [], 0.0, time.time()
+            check_finite(losses, net, iteration, data, schedule)
+            log_iteration(log, args, device, iteration=iteration, loss=losses.mean().item(), lr=lr,
+                          seconds=(time.time() - log_started) / len(losses), data_seconds=waited / len(losses))
+            new_losses, waited, log_started = [], 0.0, time.time()
 
         # validate
         if save and world > 1:             # plain BN's statistics differ between processes, a saved network has but one
             for buffer in net.buffers():
                 dist.broadcast(buffer, 0)
-        if validate:
-            if val:
-                net.set_output_stride(args.eval_output_stride)
-                result = evaluate(net, val, device, workers=args.workers)
-                net.set_output_stride(args.output_stride)
-                best = max(best, result["miou"])
-                print_on_rank0(summary(val, result))
-                write_log(out / "log.jsonl", iteration=done, best=best, **{f"val_{key}": v for key, v in result.items()})
-            if rank == 0:
-                save_checkpoint({"model": net.state_dict(), "config": config}, out / "model.pth")
+        if validate and val:
+            net.set_output_stride(args.eval_output_stride)
+            result = evaluate(net, val, device, workers=args.workers)
+            net.set_output_stride(args.output_stride)
+            best = max(best, result["miou"])
+            print_on_rank0(summary(val, result))
+            write_log(log, iteration=iteration, best=best, **{f"val_{key}": value for key, value in result.items()})
 
         # save. Nothing is pending now, neither losses nor a validation.
+        if validate and rank == 0:
+            save_checkpoint({"model": net.state_dict(), "config": config}, out / "model.pth")
+        if save and rank == 0:
+            save_checkpoint({"model": net.state_dict(), "config": config, "optimizer": optimizer.state_dict(),
+                             "iteration": iteration, "best": best}, out / "last.pth")
         if save:
-            if rank == 0:
-                save_checkpoint({"model": net.state_dict(), "config": config, "optimizer": optimizer.state_dict(),
-                                 "iteration": done, "best": best}, out / "last.pth")
-            since = time.time()
-        if stop and done < args.iters:
-            print_on_rank0(f"stopped after iteration {done}, all saved: the same command with --resume auto goes on")
+            log_started = time.time()
+        if stop and iteration < args.iters:
+            print_on_rank0(f"stopped after iteration {iteration}, all saved: --resume auto goes on")
             end_distributed()
             sys.exit(128 + stop)
 
-    where = f" --data-root {args.data_root}" * (not data.endless) + f" --split {args.split}" * (not val)
-    print_on_rank0(f"done in {timedelta(seconds=int(time.time() - begun))}: wrote model.pth, last.pth and log.jsonl into {out}\n"
+    where = "" if data.endless else f" --data-root {args.data_root}"
+    where += "" if val else f" --split {args.split}"
+    print_on_rank0(f"done: wrote model.pth, last.pth and log.jsonl into {out}\n"
                    f"next:    python evaluate.py --ckpt {out}/model.pth{where}\n"
                    f"         python visualize.py --ckpt {out}/model.pth{where}")
     end_distributed()

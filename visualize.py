@@ -29,29 +29,29 @@ HEAT = np.array([(8, 6, 24), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 
 # ---- What the network sees
 @torch.no_grad()
 def predict_with_bases(net, image):
-    """Prediction and responsibilities of one image: uint8 (3, H, W) -> uint8 (H, W), float (T, K, H, W) on the CPU.
+    """Prediction and responsibilities of one image: uint8 (3, H, W) -> uint8 (H, W), float (T, K, h, w) on the CPU.
 
     The EM rounds are EMAU's own, run again on its pixels. Without an EMAU there are no responsibilities: None.
     """
-    view, (H, W) = pad(normalise(image[None]), net.config["output_stride"]), image.shape[1:]  # (1, 3, Sk+1, Sl+1)
-    features = net.features(view)  # (1, C, h, w)
-    logits = at_image_size(net.head(features), view, H, W)  # (1, L, H, W)
+    stride = net.config["output_stride"]
+    features = net.features(pad(normalise(image[None]), stride))  # (1, C, h, w)
+    logits = at_image_size(net.head(features), image.shape[1:], stride)  # (1, L, H, W)
     prediction = logits[0].max(0)[1].byte().cpu()  # (H, W)
     if not isinstance(net.attention, EMAU):
         return prediction, None
     x = at_least_float32(net.attention.conv1(features)).flatten(2).transpose(1, 2)  # (1, N, C)
     z = torch.cat([z for z, _ in net.attention.em(x)])  # (T, N, K)
-    z = z.transpose(1, 2).unflatten(2, features.shape[2:])  # (T, K, h, w)
-    return prediction, at_image_size(z, view, H, W).cpu()  # (T, K, H, W)
+    return prediction, z.transpose(1, 2).unflatten(2, features.shape[2:]).cpu()  # (T, K, h, w)
 
 
-def at_image_size(maps, view, H, W):
-    """Maps (B, ., h, w) of a padded view, upsampled as the logits are, without the padding: (B, ., H, W)."""
-    return F.interpolate(maps, view.shape[2:], mode="bilinear", align_corners=True)[:, :, :H, :W]
+def at_image_size(maps, size, stride):
+    """Maps (B, ., h, w) of a padded image, brought to its size as the logits are, then cut: (B, ., H, W)."""
+    padded = [stride * (side - 1) + 1 for side in maps.shape[2:]]
+    return F.interpolate(maps, padded, mode="bilinear", align_corners=True)[:, :, :size[0], :size[1]]
 
 
 def choose_bases(wanted, zs, count=4):
-    """Indices of the bases to show, for responsibilities zs, a list of (T, K, H, W): given as "3,17", "random" as in
+    """Indices of the bases to show, for responsibilities zs, a list of (T, K, h, w): given as "3,17", "random" as in
     Fig. 5, or those that hold the most pixels of all the images."""
     K = zs[0].shape[1]
     if wanted == "random":
@@ -66,24 +66,29 @@ def choose_bases(wanted, zs, count=4):
 
 
 # ---- Drawing. A picture is a grid: rows of (PIL image, caption)
-def picture(image, label, prediction, z, bases, classes):
-    """The whole picture of one image: image, label, prediction, the classes' colours; below, one row per basis."""
+def picture(image, label, prediction, maps, bases, classes):
+    """The whole picture of one image: image, label, prediction, the classes' colours; below, one row per basis with
+    its responsibilities, maps (T, len(bases), H, W)."""
     palette = palette_of(classes)
     shown = torch.cat([part.flatten() for part in (prediction, label) if part is not None]).unique()
     rows = [[(to_pil(image), "image"), (overlay(image, prediction, palette), "prediction"),
              (legend(image, [int(c) for c in shown if c != IGNORE], classes, palette), "")]]
     if label is not None:
         rows[0].insert(1, (overlay(image, label, palette), "label"))
-    for k in bases:
-        top = z[:, k].max().item()                                             # one scale per basis, so rounds compare
-        rows.append([(heat(z[t, k], top), f"basis {k}, t = {t + 1}, brightest {top:.2f}") for t in range(len(z))])
+    for n, k in enumerate(bases):
+        top = maps[:, n].max().item()  # one scale per basis, so rounds compare
+        rows.append([(heat(m, top), f"basis {k}, t = {t}, brightest {top:.2f}") for t, m in enumerate(maps[:, n], 1)])
     return grid(rows)
 
 
-def bases_over_images(seen, bases):
+def bases_over_images(seen, bases, stride):
     """The same bases over several images: one row per image, the image and each basis' responsibilities at t = T."""
-    return grid([[(to_pil(image), name)] + [(heat(z[-1, k], z[-1, k].max().item()), f"basis {k}") for k in bases]
-                 for name, image, z in seen])
+    rows = []
+    for name, image, z in seen:
+        maps = at_image_size(z[-1:, bases], image.shape[1:], stride)[0]  # (len(bases), H, W)
+        rows.append([(to_pil(image), name)] + [(heat(m, m.max().item()), f"basis {k}")
+                                               for k, m in zip(bases, maps, strict=True)])
+    return grid(rows)
 
 
 def heat(values, top):
@@ -121,7 +126,7 @@ def grid(rows):
 
 # ---- The script
 def own_images(path, size):
-    """Name, image uint8 (3, h, w) and original (H, W) of an image file, or of those in a folder. The image is turned
+    """Name, image uint8 (3, ., .) and original (H, W) of an image file, or of those in a folder. The image is turned
     as its EXIF data says, and brought down to `size` pixels along its longer side: the network knows objects at the
     size they have in its training images, and a photograph of 12 megapixels would not fit into memory."""
     path = Path(path)
@@ -170,20 +175,23 @@ def main(argv=None):
                  for i in range(min(args.count, len(data))) for image, label in [data[i]])
     net.to(device, memory_format=memory_format(device))
     out = Path(args.out or Path(args.ckpt).parent / "pictures")
+    if args.image and out.resolve() in (Path(args.image).resolve(), Path(args.image).resolve().parent):
+        raise UserError(f"--out {out} holds the images themselves: choose another folder, or they may be overwritten")
     out.mkdir(parents=True, exist_ok=True)
     seen = []
     for name, image, label, original in items:
         prediction, z = predict_with_bases(net, image.to(device))
         bases = choose_bases(args.bases, [z]) if z is not None else []
-        picture(image, label, prediction, z, bases, classes).save(out / f"{name}.png")
+        maps = at_image_size(z[:, bases], image.shape[1:], net.config["output_stride"]) if bases else None
+        picture(image, label, prediction, maps, bases, classes).save(out / f"{name}.png")
         full = F.interpolate(prediction[None, None], tuple(original), mode="nearest-exact")[0, 0]  # (H, W)
         save_index_png(full.numpy(), out / f"{name}_prediction.png", palette_of(classes))
         print(f"wrote {out}/{name}.png and {name}_prediction.png", flush=True)
         if z is not None and len(seen) < 8:
-            seen.append((name, image, z[-1:]))                                 # the last round is enough
+            seen.append((name, image, z[-1:]))  # the last round is enough
     if len(seen) > 1:
         bases = choose_bases(args.bases, [z for _, _, z in seen])
-        bases_over_images(seen, bases).save(out / "bases.png")
+        bases_over_images(seen, bases, net.config["output_stride"]).save(out / "bases.png")
         print(f"wrote {out}/bases.png: the same bases over these images")
 
 

@@ -93,10 +93,11 @@ class Released(Ours):
     def predict(self, image, ms_flip):
         """That of its forks: every view alone, its logits brought to full size."""
         size, total = image.shape[1:], 0
+        image = normalise(image[None])                                         # (1, 3, H, W)
         for scale in MS_SCALES if ms_flip else (1.0,):
             h, w = (max(1, int(side * scale)) for side in size)
             for mirror in (False, True)[:1 + ms_flip]:
-                view = F.interpolate(normalise(image[None]), (h, w), mode="bilinear", align_corners=True)  # (1, 3, ., .)
+                view = F.interpolate(image, (h, w), mode="bilinear", align_corners=True)       # (1, 3, h, w)
                 view = pad(view.flip(3) if mirror else view, self.net.config["output_stride"])
                 logits = self.net(view)[:, :, :h, :w]                          # (1, L, h, w)
                 logits = F.interpolate(logits, size, mode="bilinear", align_corners=True)      # (1, L, H, W)
@@ -126,8 +127,8 @@ def bench(args, seconds=8):
     ways = Ours(args, data, device), Released(args, data, device)
     amp = "bfloat16" if ways[0].amp else "float32"
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    print(f"{machine}, torch {torch.__version__}, {torch.get_num_threads()} threads | {args.dataset}, crop {args.crop}, "
-          f"batch {args.batch_size} | {args.backbone}, output stride {args.output_stride}\n"
+    print(f"{machine}, torch {torch.__version__}, {torch.get_num_threads()} threads | {args.dataset}, crop "
+          f"{args.crop}, batch {args.batch_size} | {args.backbone}, output stride {args.output_stride}\n"
           f"ours: {amp}, channels_last; released way: float32, contiguous\n\n"
           f"{'images/s':34s}{'ours':>9s}{'released':>10s}{'ratio':>8s}", flush=True)
 

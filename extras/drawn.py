@@ -120,7 +120,7 @@ def draw_scene(index, split, size=(97, 129)):
             paint(thing, pot, (outline + uniform(-0.5, 0.5, (len(outline), 2))) * scale + (x, y), shade)
 
     # from shape numbers to colours: every shape fades from its upper to its lower edge
-    label, pot, upper, lower, first, last = (np.array(column) for column in zip(*shapes))  # (S,) each, first, last (S, 3)
+    label, pot, upper, lower, first, last = (np.array(column) for column in zip(*shapes))  # (S,), the last two (S, 3)
     row, shape = np.arange(2 * size[0])[:, None], np.asarray(canvas)                       # (2H, 1), (2H, 2W)
     fade = first + ((row / zoom - upper) / (lower - upper)).clip(0, 1)[..., None] * (last - first)         # (2H, S, 3)
     image = fade.clip(0, 255).astype(np.uint8).reshape(-1, 3).take(row * len(shapes) + shape, 0)           # (2H, 2W, 3)
@@ -143,8 +143,8 @@ def draw_scene(index, split, size=(97, 129)):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Cells
-# A task with known answers, for attention and nothing else: about 40 cells, half of them striped. The striped cells of an
-# image are all of class 0 or all of class 1, which differ by `shift` in the mean of a cell's brightness, itself of
+# A task with known answers, for attention and nothing else: about 40 cells, half of them striped. The striped cells of
+# an image are all of class 0 or all of class 1, which differ by `shift` in the mean of a cell's brightness, itself of
 # deviation 1: with shift 0.5 one cell tells 60% (the normal distribution's Phi(shift / 2)), the mean of twenty 87%
 # (Phi(shift / 2 * sqrt(20))). Only who looks all over the image, at stripes alone, gets there.
 SHIFTS = {"cells": 0.5,            # pool: many weak witnesses
@@ -167,7 +167,7 @@ def draw_cells(index, split, shift, side=193):
     texture = rng.choice(3, count, p=(0.5, 0.25, 0.25))
     brightness = rng.normal(size=count) + (texture == 0) * shift * (bright - 0.5)
     row, column = np.indices((side, side)) // 2 % 2                            # stripes of two pixels
-    pattern = np.stack([column, row, row ^ column])[texture[cell], np.arange(side)[:, None], np.arange(side)]    # (H, W)
+    pattern = np.stack([column, row, row ^ column])[texture[cell], np.arange(side)[:, None], np.arange(side)]  # (H, W)
     image = 128 + CELL_UNIT * (brightness[cell] + 2 * pattern - 1) + rng.normal(0, 4, (side, side))
     label = np.where(texture == 0, bright, texture + 1).astype(np.uint8)[cell]
     if shift == 0:
@@ -177,5 +177,6 @@ def draw_cells(index, split, shift, side=193):
 
 # Name: function (index, split) -> image, label; number of pictures to validate on; names of the classes
 PICTURES = {"scenes": (draw_scene, 64, ["sky", "sea", "grass", "sand", "mountain", "tree", "house", "boat", "sun"])}
-PICTURES |= {name: (functools.partial(draw_cells, shift=shift), 400, ["dark stripes", "bright stripes", "lines", "checks"])
+CELLS = ["dark stripes", "bright stripes", "lines", "checks"]
+PICTURES |= {name: (functools.partial(draw_cells, shift=shift), 400, CELLS)
              for name, shift in SHIFTS.items()}

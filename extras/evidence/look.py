@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from data import IGNORE, build_dataset, normalise, to_pil
 from ema import EMAU, at_least_float32, load_checkpoint
 from evaluate import evaluate, pad, pick_amp, run
-from extras.evidence.run import HERE, commit, lines
+from extras.evidence.run import HERE, ROOT, commit, lines
 
 CPU = torch.device("cpu")
 
@@ -163,8 +163,9 @@ def table(name):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="+", choices=("robustness", "compactness"))
-    parser.add_argument("--runs", type=Path, default=HERE.parent.parent / "out" / "evidence", help="where run.py trains")
-    parser.add_argument("--arms", nargs="+", default=["none", "emau-none", "emau-last", "emau-full"], help="of which runs")
+    parser.add_argument("--runs", type=Path, default=ROOT / "out" / "evidence", help="where run.py trains")
+    parser.add_argument("--arms", nargs="+", default=["none", "emau-none", "emau-last", "emau-full"],
+                        help="of which runs")
     parser.add_argument("--data-root", default="datasets", help="folder of CamVid (default: datasets)")
     parser.add_argument("--table", action="store_true", help="print what is there")
     args = parser.parse_args(argv)

@@ -35,15 +35,15 @@ SWEEP = {f"{arm}-lam{lam}": f"{ARMS[arm]} --lam {lam}" for arm in ("emau-none", 
 SIZES = {"K4": "--num-bases 4", "K16": "--num-bases 16", "T1": "--em-iterations 1", "T8": "--em-iterations 8"}
 SIZES = {f"emau-full-{size}": f"--gradient full {flag}" for size, flag in SIZES.items()}
 CELLS = "--iters 400 --eval-every 400 --workers 1"
-CAMVID = ("--dataset folder --backbone resnet18 --weights none --output-stride 8 --channels 128 --crop 161 --batch-size 8 "
-          "--lr 0.03 --iters 400 --eval-every 400 --workers 1")
+CAMVID = ("--dataset folder --backbone resnet18 --weights none --output-stride 8 --channels 128 --crop 161 "
+          "--batch-size 8 --lr 0.03 --iters 400 --eval-every 400 --workers 1")
 EXPERIMENTS = {  # name: flags of all runs, {arm: its flags}, seeds
     "cells": ("--dataset cells " + CELLS, ARMS, 5),
     "cells-key": ("--dataset cells-key " + CELLS, ARMS, 5),
     "cells-sweep": ("--dataset cells " + CELLS, SWEEP, 2),
     "cells-key-sweep": ("--dataset cells-key " + CELLS, SWEEP, 2),
     "cells-sizes": ("--dataset cells " + CELLS, SIZES, 2),
-    "cells-local": ("--dataset cells-local " + CELLS, {arm: ARMS[arm] for arm in ("none", "emau-none", "emau-full")}, 1),
+    "cells-local": ("--dataset cells-local " + CELLS, {a: ARMS[a] for a in ("none", "emau-none", "emau-full")}, 1),
     "camvid": (CAMVID, ARMS, 2)}
 
 
@@ -128,7 +128,8 @@ def table(name):
             pairs = np.array([score(name, r) - base[s] for s, r in runs.items() if s in base])
             row += f"{pairs.mean():+8.2f}{pairs.std(ddof=1) / len(pairs) ** 0.5:6.2f}" if len(pairs) > 1 else " " * 14
             if "bases_rank" in next(iter(runs.values())):
-                means = [np.mean([r[f"bases_{k}"] for r in runs.values()]) for k in ("length", "perplexity", "used", "rank")]
+                means = [np.mean([r[f"bases_{key}"] for r in runs.values()])
+                         for key in ("length", "perplexity", "used", "rank")]
                 row += f"{means[0]:7.1f}{means[1]:7.1f}{means[2]:6.0f}{means[3]:6.1f}"
         print(row)
 
