@@ -372,7 +372,8 @@ class Schedule:
     """The batches of a run, as a sampler: which (iteration, index) this process reads. A function of (seed, iteration)
     and of nothing else, for a global batch cut into `world` processes times `accumulate` parts.
 
-    An epoch is a new order of all images; what does not fill its last batch is left out. A batch of 16 with world 2 and
+    Iterations count from 0 here, from 1 in the log. An epoch is a fresh shuffle; what does not fill its last batch is
+    left out. A batch of 16 with world 2 and
     accumulate 2: rank 0 reads its images 0, 2, 4, 6, then 8, 10, 12, 14.
     """
 

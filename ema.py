@@ -91,7 +91,7 @@ class EMAU(nn.Module):
             z = self.e_step(x, mu)  # (B, N, K)
             mu = self.m_step(x, z)  # (B, C, K)
             if self.gradient == "last":
-                mu = mu.detach()           # so that only the last E-step, from a constant mu^(T-1), is differentiated
+                mu = mu.detach()           # no gradient through M-steps: the loss reaches x by the last E-step alone
             yield z, mu
 
     def e_step(self, x, mu):

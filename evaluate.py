@@ -124,13 +124,16 @@ def init_distributed(device_name):
         raise UserError("several processes cannot share mps: use --device cpu, or one process")
     if device.type == "cuda":
         local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local >= count > 1:                           # a launcher may show each process one GPU, its own
+        if local >= count > 1:                           # where each process is shown one GPU, it is its own
             raise UserError(f"there are {count} GPUs: torchrun --nproc_per_node={count} at most")
         device = torch.device("cuda", local % count)
         torch.cuda.set_device(device)
     # gloo beside nccl: the processes agree on when to stop without waiting for the GPU
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT))
+    # torchrun's store outlives a restart: each start gets a part of its own, or gloo looks for the dead at their address
+    store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=TIMEOUT)))
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT))
     return device
 
 
@@ -176,12 +179,13 @@ def memory_format(device):
 
 
 def make_loader(data, device, workers, **sampling):
-    return DataLoader(data, num_workers=workers, pin_memory=device.type == "cuda", worker_init_fn=leave_process_group,
+    return DataLoader(data, num_workers=workers, pin_memory=device.type == "cuda", worker_init_fn=ignore_group_signals,
                       timeout=TIMEOUT if workers else 0, **sampling)
 
 
-def leave_process_group(worker_id):
-    """Ctrl-C and torchrun's SIGTERM reach a whole group of processes; a run needs its workers to finish the step."""
+def ignore_group_signals(worker_id):
+    """Puts a worker into a process group of its own, which Ctrl-C and torchrun's SIGTERM do not reach: a run needs its
+    workers to finish the step."""
     os.setpgrp()
 
 

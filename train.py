@@ -1,4 +1,4 @@
-"""Trains EMANet. The defaults of a data set are its recipe; every flag changes one number of it.
+"""Trains EMANet. The defaults of a data set are its recipe; every flag changes one setting of it.
 
     python train.py                                                    # built-in scenes: any machine, a few minutes
     torchrun --nproc_per_node=4 train.py --dataset voc                 # the paper's recipe on four GPUs
@@ -43,7 +43,8 @@ from evaluate import (
     summary,
 )
 
-# The recipes. "paper": the paper's own settings (Sec. 6.1); "released": those of the released code where it differs.
+# The recipes: the values of flags that are not given (marked * in --help). "paper": the paper's own settings (Sec. 6.1);
+# "released": those of the released code where it differs.
 # What the paper leaves open (BN momentum, gradient) is as in the released code. bn_momentum, eval_output_stride and
 # layers have no flag.
 PAPER = {"split": "trainaug", "backbone": "resnet101", "stem": "7x7", "weights": "imagenet", "output_stride": 16,
@@ -140,7 +141,8 @@ def parse_args(argv=None):
                        "iters": 1, "eval_every": 1, "seed": 0, "workers": 0}.items():
         if getattr(args, key) < least:
             raise UserError(f"--{key.replace('_', '-')} {getattr(args, key)}: must be at least {least}")
-    # A recipe's BN momentum suits its length; in a shorter run the running statistics would stay near their init.
+    # A recipe's BN momentum suits its length: 3e-4 x 30,000 = 9 time constants for VOC. A shorter run keeps that
+    # number, or its running statistics would stay near their init.
     if args.iters < recipe["iters"]:
         args.bn_momentum = min(0.1, max(args.bn_momentum, 9 / args.iters))
     args.out = args.out or f"out/{args.dataset}"
@@ -158,7 +160,7 @@ def segmentation_loss(logits, label):
 
 
 def batch_loss(model, batch, device, amp):
-    """The loss of a batch as the loader gives it: uint8 goes to the device and becomes numbers there."""
+    """The loss of a batch as the loader gives it: uint8 goes to the device and becomes floats there."""
     images, labels = (part.to(device, non_blocking=device.type == "cuda") for part in batch)  # (B, 3, ., .), (B, ., .)
     images = normalise(images).contiguous(memory_format=memory_format(device))  # (B, 3, crop, crop)
     with torch.autocast(device.type, amp, enabled=amp is not None):
@@ -365,7 +367,7 @@ def train(args):
         print_on_rank0(f"going on after iteration {start}")
     out = Path(args.out)
     log = out / "log.jsonl"
-    if rank == 0:                                                # nothing can be found wrong any more
+    if rank == 0:                                                # all checks have passed
         out.mkdir(parents=True, exist_ok=True)
     write_log(log, args=vars(args), machine=machine)
 
@@ -375,10 +377,10 @@ def train(args):
         # step. Dropout's randomness is a function of (seed, iteration, rank), so that no state of it has to be saved.
         torch.manual_seed(int(np.random.SeedSequence((args.seed, iteration, rank)).generate_state(1)[0]))
         lr = args.lr * (1 - (iteration - 1) / args.iters) ** 0.9               # the "poly" policy
-        loss, seconds = training_step(model, optimizer, loader, lr=lr, accumulate=args.accumulate, device=device,
+        loss, data_wait = training_step(model, optimizer, loader, lr=lr, accumulate=args.accumulate, device=device,
                                       amp=amp)
         new_losses.append(loss)
-        waited += seconds
+        waited += data_wait
         stop = stop_signal()
         validate = iteration % args.eval_every == 0 or iteration == args.iters
         save = stop or validate or iteration % SAVE_EVERY == 0

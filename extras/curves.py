@@ -27,13 +27,11 @@ def read_log(path):
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as a log.jsonl of train.py: {error}") from None
-    for number, line in enumerate(lines, 1):
+    for line in lines:
         try:
             record = dict(json.loads(line))
         except (ValueError, TypeError):
-            if number == len(lines):
-                break
-            raise UserError(f"{path}: line {number} is not one of a log.jsonl of train.py") from None
+            continue
         if "iteration" in record:
             records.setdefault(record["iteration"], {}).update(record)         # losses and validation are two lines
         else:

@@ -513,7 +513,7 @@ def folder(tmp_path_factory):
 def command(folder):
     """A command whose runs get broken; it writes to run/."""
     return ("train.py --dataset folder --iters 8 --eval-every 2 --lr 0.05 --backbone resnet18 --weights none --crop 33 "
-            "--channels 16 --num-bases 4 --batch-size 2 --workers 0 --amp off --device cpu --resume auto --out run "
+            "--channels 16 --num-bases 4 --decoder --batch-size 2 --workers 0 --amp off --device cpu --resume auto --out run "
             f"--data-root {folder}")
 
 
