@@ -130,7 +130,7 @@ def init_distributed(device_name):
         torch.cuda.set_device(device)
     # gloo beside nccl: the processes agree on when to stop without waiting for the GPU
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    # torchrun's store outlives a restart: each start gets a part of its own, or gloo looks for the dead at their address
+    # torchrun's store outlives a restart: each start gets a part of its own, or gloo looks for those that died
     store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=TIMEOUT)))
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT))

@@ -43,7 +43,7 @@ from evaluate import (
     summary,
 )
 
-# The recipes: the values of flags that are not given (marked * in --help). "paper": the paper's own settings (Sec. 6.1);
+# The recipes: the values of flags that are not given (marked * in --help). "paper": the paper's settings (Sec. 6.1);
 # "released": those of the released code where it differs.
 # What the paper leaves open (BN momentum, gradient) is as in the released code. bn_momentum, eval_output_stride and
 # layers have no flag.
