@@ -296,8 +296,11 @@ def stop_signal():
 
 def write_log(path, **record):
     if rank_and_world()[0] == 0:
-        with open(path, "a") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with open(path, "a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {path} ({error}): make room, and --resume auto goes on") from None
 
 
 def log_iteration(path, args, device, *, iteration, loss, lr, seconds, data_seconds):
