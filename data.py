@@ -338,7 +338,7 @@ class TrainView(Dataset):
         image, label = self.data[index]  # (3, H, W), (H, W)
         scale, flip = rng.choice(self.data.scales), rng.random() < 0.5
         # differs: the released code scales the whole image in floating point and cuts then. Here the window of
-        # crop / scale source pixels is cut first and only it is scaled, in uint8, three times as fast: the same
+        # crop / scale source pixels is cut first and only it is scaled, in uint8, which is faster: the same
         # distribution of crops, to 0.7 source pixels. Image and label share one grid; the released label lies off it.
         top, height, out_h = self.window(rng, image.shape[1], scale)
         left, width, out_w = self.window(rng, image.shape[2], scale)
@@ -362,7 +362,6 @@ class TrainView(Dataset):
         return 0, size, max(1, round(size * scale))                # a smaller image is taken whole, and padded later
 
 
-
 def nearest_pixels(length, out):
     """For `out` positions spread over `length` pixels, ends on ends as align_corners: the nearest pixel of each."""
     return np.floor(np.linspace(0, length - 1, out) + 0.5).astype(np.int64)  # (out,)
@@ -373,8 +372,7 @@ class Schedule:
     and of nothing else, for a global batch cut into `world` processes times `accumulate` parts.
 
     Iterations count from 0 here, from 1 in the log. An epoch is a fresh shuffle; what does not fill its last batch is
-    left out. A batch of 16 with world 2 and
-    accumulate 2: rank 0 reads its images 0, 2, 4, 6, then 8, 10, 12, 14.
+    left out. A batch of 16 with world 2 and accumulate 2: rank 0 reads its images 0, 2, 4, 6, then 8, 10, 12, 14.
     """
 
     def __init__(self, data, batch_size, seed, iterations, rank=0, world=1, accumulate=1):

@@ -2,7 +2,7 @@
 
     net = EMANet(num_classes=21, backbone="resnet50")
     net = load_checkpoint("model.pth")                 # this project's files, or those of the released code
-    logits = net(images)  # (B, 3, H, W) normalised -> (B, L, H, W)
+    logits = net(images)                               # (B, 3, H, W) normalised -> (B, L, H, W)
 
 Shapes: B images, C channels, N = h * w pixels of one feature map, K bases, L classes; images are H x W, features h x w,
 h = ceil(H / S) with S the output stride. In the maths x (B, N, C) are the pixels, mu (B, C, K) the bases, z (B, N, K)
@@ -70,7 +70,7 @@ class EMAU(nn.Module):
 
     def forward(self, x):  # (B, C, h, w)
         residual = x
-        x = at_least_float32(self.conv1(x)).flatten(2).transpose(1, 2)  # (B, N, C)
+        x = self.pixels(x)  # (B, N, C)
         with torch.autocast(x.device.type, enabled=False):                     # sums over N pixels need float32
             for z, mu in self.em(x):  # (B, N, K), (B, C, K)
                 pass                                                           # the last round's are wanted
@@ -79,6 +79,10 @@ class EMAU(nn.Module):
             x = z @ mu.transpose(1, 2)  # (B, N, C)  X~, re-estimation, Eq. 14
         x = F.relu(x).transpose(1, 2).unflatten(2, residual.shape[2:])  # (B, C, h, w)
         return F.relu(residual + self.conv2(x))  # (B, C, h, w)
+
+    def pixels(self, x):
+        """What enters EM: features (B, C, h, w) -> pixels x (B, N, C)."""
+        return at_least_float32(self.conv1(x)).flatten(2).transpose(1, 2)  # (B, N, C)
 
     def em(self, x):
         """The EM rounds t = 1..T on pixels x (B, N, C): yields z^(t) (B, N, K) and mu^(t) (B, C, K) after each. The

@@ -91,13 +91,13 @@ def evaluate(net, data, device, *, ms_flip=False, amp=None, workers=2, save_png=
     my_indices, start, L = range(rank, len(data), world), time.time(), len(data.classes)
     confusion = torch.zeros(L, L, dtype=torch.int64, device=device)
     loader = make_loader(data, device, min(workers, len(my_indices)), batch_size=None, sampler=my_indices)
-    reported = start
+    reported, palette = start, palette_of(data.classes)
     for done, (i, (image, label)) in enumerate(zip(my_indices, loader, strict=True), 1):
         logits = predict(net, image.to(device), ms_flip, amp)  # (L, H, W)
         prediction = logits.max(0)[1]  # (H, W)  max is faster than argmax
         confusion += confusion_matrix(prediction, label.to(device), L)
         if save_png:
-            save_index_png(prediction.cpu().numpy(), Path(save_png) / f"{data.ids[i]}.png", palette_of(data.classes))
+            save_index_png(prediction.cpu().numpy(), Path(save_png) / f"{data.ids[i]}.png", palette)
         if progress and time.time() - reported > 5:
             reported = time.time()
             eta = timedelta(seconds=int((reported - start) / done * (len(my_indices) - done)))

@@ -44,9 +44,8 @@ from evaluate import (
 )
 
 # The recipes: the values of flags that are not given (marked * in --help). "paper": the paper's settings (Sec. 6.1);
-# "released": those of the released code where it differs.
-# What the paper leaves open (BN momentum, gradient) is as in the released code. bn_momentum, eval_output_stride and
-# layers have no flag.
+# "released": those of the released code where it differs. What the paper leaves open (BN momentum, gradient) is as in the
+# released code. bn_momentum, eval_output_stride and layers have no flag.
 PAPER = {"split": "trainaug", "backbone": "resnet101", "stem": "7x7", "weights": "imagenet", "output_stride": 16,
          "eval_output_stride": 8, "crop": 513, "batch_size": 16, "iters": 30000, "lr": 0.009, "bn_momentum": 3e-4,
          "channels": 512, "decoder": False, "eval_every": 3000, "layers": 4, "gradient": "none"}
@@ -381,7 +380,7 @@ def train(args):
         torch.manual_seed(int(np.random.SeedSequence((args.seed, iteration, rank)).generate_state(1)[0]))
         lr = args.lr * (1 - (iteration - 1) / args.iters) ** 0.9               # the "poly" policy
         loss, data_wait = training_step(model, optimizer, loader, lr=lr, accumulate=args.accumulate, device=device,
-                                      amp=amp)
+                                        amp=amp)
         new_losses.append(loss)
         waited += data_wait
         stop = stop_signal()

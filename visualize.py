@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from backbone import UserError
 from data import DATASETS, IGNORE, class_names, normalise, overlay, palette_of, read_image, save_index_png, to_pil
-from ema import EMAU, at_least_float32, load_checkpoint
+from ema import EMAU, load_checkpoint
 from evaluate import memory_format, open_dataset, pad, pick_device, run
 
 GAP, TEXT, WIDTH = 8, 13, 256           # pixels: space between panels, height of letters, width of a panel
@@ -39,8 +39,7 @@ def predict_with_bases(net, image):
     prediction = logits[0].max(0)[1].byte().cpu()  # (H, W)
     if not isinstance(net.attention, EMAU):
         return prediction, None
-    x = at_least_float32(net.attention.conv1(features)).flatten(2).transpose(1, 2)  # (1, N, C)
-    z = torch.cat([z for z, _ in net.attention.em(x)])  # (T, N, K)
+    z = torch.cat([z for z, _ in net.attention.em(net.attention.pixels(features))])  # (T, N, K)
     return prediction, z.transpose(1, 2).unflatten(2, features.shape[2:]).cpu()  # (T, K, h, w)
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from backbone import UserError
 from data import DATASETS, normalise
-from ema import EMAU, at_least_float32, load_checkpoint
+from ema import EMAU, load_checkpoint
 from evaluate import evaluate, memory_format, open_dataset, pad, pick_amp, pick_device, run
 
 
@@ -45,7 +45,7 @@ def base_statistics(emau, x):
 def pixels_of(net, image):
     """What enters EM, of one image uint8 (3, H, W) on the network's device: (1, N, C)."""
     features = net.features(pad(normalise(image[None]), net.config["output_stride"]))      # (1, C, h, w)
-    return at_least_float32(net.attention.conv1(features)).flatten(2).transpose(1, 2)      # (1, N, C)
+    return net.attention.pixels(features)                                                  # (1, N, C)
 
 
 def mean_statistics(net, data, device, count=16):

@@ -20,7 +20,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from data import IGNORE, build_dataset, normalise, to_pil
-from ema import EMAU, at_least_float32, load_checkpoint
+from ema import EMAU, load_checkpoint
 from evaluate import evaluate, pad, pick_amp, run
 from extras.evidence.run import HERE, ROOT, commit, lines
 
@@ -113,7 +113,7 @@ def compactness(net, data, rounds=8):
         grid = torch.arange(features[0, 0].numel()).view(features.shape[2:])   # those that see padding alone
         at = grid[:label.shape[0], :label.shape[1]][label != IGNORE]           # (M,)   the pixels that have a label
         label = label[label != IGNORE]                                         # (M,)
-        x = at_least_float32(unit.conv1(features)).flatten(2).transpose(1, 2)  # (1, N, C)
+        x = unit.pixels(features)                                              # (1, N, C)
         add("x", scatter(x[0, at], label))
         u, s, v = torch.linalg.svd(x[0] - x[0].mean(0), full_matrices=False)   # (N, C), (C,), (C, C)
         s[unit.mu.shape[2]:] = 0
