@@ -186,6 +186,9 @@ class EMANet(nn.Module):
         self.config = {key: value for key, value in locals().items() if key not in ("self", "__class__", "weights")}
         self.backbone = DilatedResNet(backbone, stem, weights, output_stride, layers)
         self.reduce = conv_bn_relu(self.backbone.out_channels, channels)
+        self.decoder = nn.Sequential(*conv_bn_relu(channels, 256), nn.Dropout2d(0.1)) if decoder else nn.Identity()
+        self.classifier = nn.Conv2d(256 if decoder else channels, num_classes, 1)
+        # The attention is built last: of one seed, networks that differ in it begin alike everywhere else.
         if attention == "emau":
             self.attention = EMAU(channels, num_bases, em_iterations, lam, alpha, base_update, base_norm, gradient)
         elif attention == "nonlocal":
@@ -196,8 +199,6 @@ class EMANet(nn.Module):
             self.attention = nn.Identity()
         else:
             raise UserError(f"attention {attention!r} is unknown: choose one of {', '.join(CHOICES['attention'])}")
-        self.decoder = nn.Sequential(*conv_bn_relu(channels, 256), nn.Dropout2d(0.1)) if decoder else nn.Identity()
-        self.classifier = nn.Conv2d(256 if decoder else channels, num_classes, 1)
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = bn_momentum

@@ -3,6 +3,7 @@
     python -m extras.evidence.run cells --jobs 2                # resumes: what has a line is not run again
     python -m extras.evidence.run cells --table                 # mean, deviation, paired difference, of what is there
     python -m extras.evidence.run camvid --data-root DIR
+    python -m extras.evidence.run voc320 --data-root DIR --weights FILE --jobs 2
 
 Writes EXPERIMENT.jsonl here; the networks and full logs go to out/evidence/EXPERIMENT-ARM-SEED (`--out` of train.py).
 """
@@ -37,6 +38,10 @@ SIZES = {f"emau-full-{size}": f"--gradient full {flag}" for size, flag in SIZES.
 CELLS = "--iters 400 --eval-every 400 --workers 1"
 CAMVID = ("--dataset folder --backbone resnet18 --weights none --output-stride 8 --channels 128 --crop 161 "
           "--batch-size 8 --lr 0.03 --iters 400 --eval-every 400 --workers 1")
+# VOC's photographs at 320 pixels, with a pretrained backbone: README.md has the protocol.
+VOC320 = ("--dataset voc --split train --backbone resnet50 --output-stride 16 --crop 257 --batch-size 8 --iters 900 "
+          "--eval-every 900 --workers 1")
+NINE = (0, 8, 9, 10, 12, 13, 15, 17, 18)            # its classes with at least 15 images for validation
 EXPERIMENTS = {  # name: flags of all runs, {arm: its flags}, seeds
     "cells": ("--dataset cells " + CELLS, ARMS, 5),
     "cells-key": ("--dataset cells-key " + CELLS, ARMS, 5),
@@ -44,7 +49,8 @@ EXPERIMENTS = {  # name: flags of all runs, {arm: its flags}, seeds
     "cells-key-sweep": ("--dataset cells-key " + CELLS, SWEEP, 2),
     "cells-sizes": ("--dataset cells " + CELLS, SIZES, 2),
     "cells-local": ("--dataset cells-local " + CELLS, {a: ARMS[a] for a in ("none", "emau-none", "emau-full")}, 1),
-    "camvid": (CAMVID, ARMS, 2)}
+    "camvid": (CAMVID, ARMS, 2),
+    "voc320-lr": (VOC320 + " --attention none", {f"lr{lr}": f"--lr {lr}" for lr in (0.00225, 0.0045, 0.009)}, 1)}
 
 
 def lines(name):
@@ -74,11 +80,34 @@ def result_of(name, arm, seed):
     return next((line for line in lines(name) if bare(line["command"]) == wanted), None)
 
 
-def train(name, arm, seed, data_root):
+def voc320(data_root):
+    """VOC2012 of `data_root` under the lists kept here, as a folder of links: train and val of the experiments."""
+    source = Path(data_root).resolve() / "VOCdevkit" / "VOC2012"
+    base = ROOT / "out" / "evidence" / "voc320" / "VOCdevkit" / "VOC2012"
+    for part in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (base / part).mkdir(parents=True, exist_ok=True)
+    for split in ("train", "val"):
+        ids = (HERE / f"voc320_{split}.txt").read_text()
+        (base / "ImageSets" / "Segmentation" / f"{split}.txt").write_text(ids)
+        for i in ids.split():
+            mask = source / "SegmentationClassAug" / f"{i}.png"
+            link(base / "SegmentationClass" / f"{i}.png",
+                 mask if mask.exists() else source / "SegmentationClass" / f"{i}.png")
+            link(base / "JPEGImages" / f"{i}.jpg", source / "JPEGImages" / f"{i}.jpg")
+    return str(base.parent.parent)
+
+
+def link(path, target):
+    path.unlink(missing_ok=True)
+    path.symlink_to(target)
+
+
+def train(name, arm, seed, data_root, weights):
     """One run of train.py, resumed if it was interrupted; its last validation becomes a line of NAME.jsonl."""
     command = command_of(name, arm, seed)
     out = ROOT / "out" / "evidence" / f"{name}-{arm}-{seed}"
     where = ["--data-root", data_root] if data_root else []
+    where += ["--weights", weights] if weights else []
     code = commit()
     begun = time.time()
     done = subprocess.run([sys.executable, *command.split(), *where, "--out", str(out), "--resume", "auto"], cwd=ROOT,
@@ -92,7 +121,8 @@ def train(name, arm, seed, data_root):
     line = {"arm": arm, "seed": seed, "command": command, "commit": code, "machine": headers[0]["machine"],
             "seconds": round(time.time() - begun), "loss": [round(r["loss"], 4) for r in records if "loss" in r][::5],
             "val_miou": round(last["val_miou"], 5), "val_pixacc": round(last["val_pixacc"], 5),
-            **statistics_of_bases(out / "model.pth", data_root), "acc": [round(v, 5) for v in last["val_acc"]]}
+            **statistics_of_bases(out / "model.pth", data_root),
+            "acc": [round(v, 5) for v in last["val_acc"]], "iou": [round(v, 5) for v in last["val_iou"]]}
     with open(HERE / f"{name}.jsonl", "a") as file:
         file.write(json.dumps(line) + "\n")
     print(f"{name} {arm} {seed}: {score(name, line):.2f}, {line['seconds']} s", flush=True)
@@ -108,7 +138,9 @@ def statistics_of_bases(path, data_root):
 
 
 def score(name, line):
-    """What an experiment is judged by, in percent: accuracy on the striped cells, or mIoU."""
+    """What an experiment is judged by, in percent: accuracy on the striped cells, IoU of the nine classes, or mIoU."""
+    if name.startswith("voc320"):
+        return 100 * float(np.mean([line["iou"][c] for c in NINE]))
     return 50 * sum(line["acc"][:2]) if name.startswith("cells") else 100 * line["val_miou"]
 
 
@@ -138,14 +170,17 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiments", nargs="+", choices=EXPERIMENTS)
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side, of one thread each (default: 1)")
-    parser.add_argument("--data-root", help="folder of the data set, for camvid")
+    parser.add_argument("--data-root", help="folder of the data set, for camvid and voc320")
+    parser.add_argument("--weights", help="file of ResNet-50's ImageNet weights, for voc320")
     parser.add_argument("--table", action="store_true", help="print what is there, run nothing")
     args = parser.parse_args(argv)
     if not args.table:
+        if args.experiments[0].startswith("voc320"):
+            args.data_root = voc320(args.data_root)
         with ThreadPoolExecutor(args.jobs) as pool:                            # seed by seed, so that arms stay level
             waiting = [(name, arm, seed) for name in args.experiments for seed in range(EXPERIMENTS[name][2])
                        for arm in EXPERIMENTS[name][1]]
-            futures = [pool.submit(train, *each, args.data_root) for each in waiting
+            futures = [pool.submit(train, *each, args.data_root, args.weights) for each in waiting
                        if not result_of(*each)]
             try:
                 for future in futures:
