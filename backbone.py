@@ -14,10 +14,12 @@ from torch import nn
 from torchvision import models
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
-# Output stride: strides of layer3 and layer4, dilation of layer3 (from its second block), dilations of layer4's blocks.
-# layer4's are multi-grid, 1, 2, 4 times the layer's (Sec. 6.1), but its first block keeps the rate of the layer before,
-# as in torchvision. (DeepLab's own rule would give 4, 8, 16 at output stride 8; the released EMANet has 2, 8, 16.)
-DILATION = {8: (1, 1, 2, (2, 8, 16)), 16: (2, 1, 1, (1, 4, 8)), 32: (2, 2, 1, (1, 2, 4))}
+# For every output stride: the strides of the last two layers and the dilations of their three or more blocks. A layer's
+# first block keeps the dilation of the layer before, as in torchvision. The others of layer4 are multi-grid, 2 and 4
+# times the layer's own 4, 2, 1 (Sec. 6.1; DeepLab's own rule would give 4, 8, 16, the released EMANet has 2, 8, 16).
+STRIDE3, STRIDE4 = {8: 1, 16: 2, 32: 2}, {8: 1, 16: 1, 32: 2}
+DILATION3 = {8: (1, 2), 16: (1, 1), 32: (1, 1)}                    # first block, all others
+DILATION4 = {8: (2, 8, 16), 16: (1, 4, 8), 32: (1, 2, 4)}
 
 
 class UserError(Exception):
@@ -50,21 +52,21 @@ class DilatedResNet(nn.Module):
             deepen_stem(net)
         for part in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
             setattr(self, part, getattr(net, part))
-        self.out_channels, left_out = net.fc.in_features, ("fc.",)
-        if layers == 2:
-            self.layer3 = self.layer4 = nn.Identity()
-            self.out_channels, left_out = net.fc.in_features // 4, ("fc.", "layer3.", "layer4.")
+        self.out_channels = net.fc.in_features
         state, self.weights_origin = read_weights(name, stem, weights)
         if state is not None:
             try:
-                self.load_state_dict({key: value for key, value in state.items() if not key.startswith(left_out)})
+                self.load_state_dict({key: value for key, value in state.items() if not key.startswith("fc.")})
             except (RuntimeError, AttributeError) as error:
                 raise UserError(f"{self.weights_origin}: does not fit {name} with the {stem} stem: "
                                 f"{first_line(error)}") from None
+        if layers == 2:
+            self.layer3 = self.layer4 = nn.Identity()
+            self.out_channels //= 4
         self.set_output_stride(output_stride)
 
     def forward(self, x):  # (B, 3, H, W); shapes below for layers=4
-        x = self.relu(self.bn1(self.conv1(x)))  # (B, 64 or 128, H/2, W/2)
+        x = self.relu(self.bn1(self.conv1(x)))  # (B, 64 or 128, H/2, W/2)  sides are rounded up
         x = self.layer1(self.maxpool(x))  # (B, C/8, H/4, W/4)
         x = self.layer2(x)  # (B, C/4, H/8, W/8)
         x = self.layer3(x)  # (B, C/2, H/min(S, 16), W/min(S, 16))
@@ -73,15 +75,14 @@ class DilatedResNet(nn.Module):
     def set_output_stride(self, output_stride):
         """Sets strides and dilations for output stride 8, 16 or 32. They hold no weights, so a trained network may be
         changed: train at 16, evaluate at 8 (Sec. 6.1)."""
-        ends_early = isinstance(self.layer3, nn.Identity)
-        if output_stride not in ((8,) if ends_early else (8, 16, 32)):
-            choices = "8" if ends_early else "8, 16 or 32"
-            raise UserError(f"output stride {output_stride} is not available: choose {choices}")
-        if ends_early:
+        choices = (8,) if isinstance(self.layer3, nn.Identity) else (8, 16, 32)
+        if output_stride not in choices:
+            raise UserError(f"output stride {output_stride} is not one of {choices}")
+        if choices == (8,):
             return
-        stride3, stride4, rate3, rates4 = DILATION[output_stride]
-        set_rates(self.layer3, stride3, [1] + [rate3] * (len(self.layer3) - 1))
-        set_rates(self.layer4, stride4, rates4[:len(self.layer4)])
+        first, others = DILATION3[output_stride]
+        set_rates(self.layer3, STRIDE3[output_stride], [first] + [others] * (len(self.layer3) - 1))
+        set_rates(self.layer4, STRIDE4[output_stride], DILATION4[output_stride][:len(self.layer4)])
 
 
 def set_rates(layer, stride, rates):
@@ -128,11 +129,11 @@ def read_weights(name, stem, weights):
     if not path.is_file():
         raise UserError(f"no weights at {path}: --weights takes imagenet, imagenet-v2, none or a file")
     # Published files carry the beginning of their hash: resnet101-2a57e44d.pth SHA-1, resnet101-63fe2227.pth SHA-256.
-    promised = re.search(r"-([0-9a-f]{8})$", path.stem)
-    hashes = [h(path.read_bytes()).hexdigest() for h in (hashlib.sha1, hashlib.sha256)] if promised else []
-    if promised and not any(h.startswith(promised[1]) for h in hashes):
-        raise UserError(f"{path}: its hash does not begin with {promised[1]} as its name says: fetch it again; if you "
-                        "saved it anew yourself, give it a name without a hash")
+    if promised := re.search(r"-([0-9a-f]{8})$", path.stem):
+        content = path.read_bytes()
+        if not any(h(content).hexdigest().startswith(promised[1]) for h in (hashlib.sha1, hashlib.sha256)):
+            raise UserError(f"{path}: its hash does not begin with {promised[1]} as its name says: fetch it again; if "
+                            "you saved it anew yourself, give it a name without a hash")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001 - torch raises many kinds for a file that is no weights file

@@ -145,8 +145,9 @@ def label_table(classes):
 def voc(root, split):
     """PASCAL VOC 2012 in VOCdevkit/VOC2012. trainaug: from SBD's .mat files, or from a SegmentationClassAug/ folder."""
     base = within(root, "VOCdevkit/VOC2012")
-    lists, classes = base / "ImageSets" / "Segmentation", class_names("voc")
-    sbd = next((root / place for place in SBD_PLACES if (root / place / "cls").is_dir()), None)
+    lists = base / "ImageSets" / "Segmentation"
+    places = ("benchmark_RELEASE/dataset", "VOCdevkit/VOCaug/dataset", "VOCaug/dataset", ".")
+    sbd = next((root / place for place in places if (root / place / "cls").is_dir()), None)
     if split == "trainaug" and sbd:
         # VOC's masks for VOC's ids, SBD's for the others; SBD's own lists hold images of VOC val, which must not leak
         own, val = read_list(lists / "train.txt"), set(read_list(lists / "val.txt"))
@@ -154,19 +155,18 @@ def voc(root, split):
         ids = own + more
         labels = find_files(base / "SegmentationClass", own, (".png",))
         labels += find_files(sbd / "cls", more, (".mat",))
-    elif split == "trainaug" and not (base / "SegmentationClassAug").is_dir():
-        raise UserError(f"trainaug needs SBD: unpack benchmark.tgz in {root}, or put SegmentationClassAug/ and its "
-                        f"list into {base}; or train on --split train")
-    else:
-        # validation never depends on somebody's merged copy: VOC's own masks for VOC's own splits
+    elif split == "trainaug":
+        if not (base / "SegmentationClassAug").is_dir():
+            raise UserError(f"trainaug needs SBD: unpack benchmark.tgz in {root}, or put SegmentationClassAug/ and its "
+                            f"list into {base}; or train on --split train")
+        ids = read_list(lists / "trainaug.txt")
+        labels = find_files(base / "SegmentationClassAug", ids, (".png",))
+    else:                                            # VOC's own masks, whatever else lies there; test has none
         ids = read_list(lists / f"{split}.txt")
-        masks = base / ("SegmentationClassAug" if split == "trainaug" else "SegmentationClass")
-        labels = find_files(masks, ids, (".png",)) if split != "test" else None
+        labels = find_files(base / "SegmentationClass", ids, (".png",)) if split != "test" else None
     images = find_files(base / "JPEGImages", ids, (".jpg",))
-    return Pairs("voc", split, classes, ids, images, labels, label_table({c: c for c in (*range(21), IGNORE)}))
-
-
-SBD_PLACES = ("benchmark_RELEASE/dataset", "VOCaug/dataset", "VOCdevkit/VOCaug/dataset", "sbd", ".")   # torchvision: .
+    table = label_table({c: c for c in (*range(21), IGNORE)})
+    return Pairs("voc", split, class_names("voc"), ids, images, labels, table)
 
 
 def context(root, split, num_classes):
@@ -279,8 +279,8 @@ def read_image(path, turn=False):
         with Image.open(str(path)) as image:
             if turn:
                 image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):                                 # 16 bits of gray: Pillow would cut them off
-                image = Image.fromarray((np.array(image) >> 8).clip(0, 255).astype(np.uint8))
+            if image.mode.startswith("I"):                                 # Pillow would cut the upper values off
+                raise ValueError("16 bits of gray: save it with 8")
             pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))  # (H, W, 3)
             return torch.from_numpy(pixels).permute(2, 0, 1)  # (3, H, W)
     except Exception as error:  # noqa: BLE001 - Pillow raises many kinds for broken files
@@ -297,15 +297,16 @@ def read_label(path):
                 raw = np.array(image)  # (H, W)
                 if image.mode not in ("P", "L"):
                     raise UserError(f"{path}: a label holds class indices (palette or 8-bit gray), not {image.mode}")
-        if raw.dtype != np.uint8:                # ids reach 459, and some tools write doubles: never wrap, never round
-            raw, read = raw.astype(np.uint16), raw
-            if (raw != read).any():
-                raise UserError(f"{path}: holds values that are no label numbers")
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001 - Pillow and scipy raise many kinds for broken files
         raise UserError(f"{path}: cannot be read as a label ({first_line(error)}): unpack or fetch it again") from None
-    return raw
+    if raw.dtype == np.uint8:
+        return raw
+    whole = raw.astype(np.uint16)                    # ids reach 459, and some tools write doubles
+    if (whole != raw).any():
+        raise UserError(f"{path}: holds values that are no label numbers")
+    return whole
 
 
 def read_mat(path):
@@ -337,25 +338,25 @@ class TrainView(Dataset):
         rng = np.random.default_rng((self.seed, iteration, index))
         image, label = self.data[index]  # (3, H, W), (H, W)
         scale, flip = rng.choice(self.data.scales), rng.random() < 0.5
-        # differs: the released code scales the whole image in floating point and cuts then. Here the window of
-        # crop / scale source pixels is cut first and only it is scaled, in uint8, which is faster: the same
-        # distribution of crops, to 0.7 source pixels. Image and label share one grid; the released label lies off it.
-        top, height, out_h = self.window(rng, image.shape[1], scale)
-        left, width, out_w = self.window(rng, image.shape[2], scale)
+        # differs: the released code scales the whole image in floating point, then cuts the crop. Here the crop is cut
+        # first, crop / scale pixels of the source, and it alone is scaled, in uint8: faster, and the same distribution
+        # of crops but for the rounding of that length. Image and label share one grid; the released label lies off it.
+        top, height, new_height = self.cut(rng, image.shape[1], scale)
+        left, width, new_width = self.cut(rng, image.shape[2], scale)
         image = image[:, top:top + height, left:left + width]  # (3, height, width)
         label = label[top:top + height, left:left + width]  # (height, width)
         if scale != 1:
-            image = F.interpolate(image[None], (out_h, out_w), mode="bilinear", align_corners=True)[0]  # (3, h, w)
-            rows, columns = nearest_pixels(height, out_h), nearest_pixels(width, out_w)
-            label = torch.from_numpy(label.numpy()[rows][:, columns])  # (h, w)  20 times as fast as torch's indexing
+            image = F.interpolate(image[None], (new_height, new_width), mode="bilinear", align_corners=True)[0]
+            rows, columns = nearest_pixels(height, new_height), nearest_pixels(width, new_width)
+            label = torch.from_numpy(label.numpy()[rows][:, columns])  # (new_height, new_width)  numpy is the fastest
         # differs: the released code pads with 0 after normalisation; the mean colour becomes 0 to within 0.01.
         padded = MEAN_COLOUR.repeat(1, self.crop, self.crop)  # (3, crop, crop)
-        padded[:, :out_h, :out_w] = image
-        label = F.pad(label, (0, self.crop - out_w, 0, self.crop - out_h), value=IGNORE)  # (crop, crop)
+        padded[:, :new_height, :new_width] = image
+        label = F.pad(label, (0, self.crop - new_width, 0, self.crop - new_height), value=IGNORE)  # (crop, crop)
         return (padded.flip(2), label.flip(1)) if flip else (padded, label)    # after the padding, as the released code
 
-    def window(self, rng, size, scale):
-        """Cuts one side: returns the first source pixel, the number of source pixels, and of pixels after scaling."""
+    def cut(self, rng, size, scale):
+        """Where one side is cut: its first pixel, how many pixels of the source, and how many after scaling."""
         length = round(self.crop / scale)
         if length <= size:
             return rng.integers(size - length + 1), length, self.crop

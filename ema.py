@@ -47,8 +47,7 @@ class EMAU(nn.Module):
                  base_norm="l2", gradient="none"):
         super().__init__()
         for option, value in (("base_update", base_update), ("base_norm", base_norm), ("gradient", gradient)):
-            if value not in CHOICES[option]:
-                raise UserError(f"{option} {value!r} is unknown: choose one of {', '.join(CHOICES[option])}")
+            assert value in CHOICES[option], f"{option} {value!r}: choose one of {CHOICES[option]}"
         if base_update == "backprop" and gradient != "full":
             raise UserError(f"bases kept by backprop need gradient full, not {gradient}: no other reaches mu^(0)")
         self.iterations, self.lam, self.alpha = iterations, lam, alpha
@@ -73,7 +72,7 @@ class EMAU(nn.Module):
         x = self.pixels(x)  # (B, N, C)
         with torch.autocast(x.device.type, enabled=False):                     # sums over N pixels need float32
             for z, mu in self.em(x):  # (B, N, K), (B, C, K)
-                pass                                                           # the last round's are wanted
+                pass                                                           # keeps those of the last round
             if self.training and self.base_update == "average":
                 self.update_bases(mu)
             x = z @ mu.transpose(1, 2)  # (B, N, C)  X~, re-estimation, Eq. 14
@@ -109,7 +108,7 @@ class EMAU(nn.Module):
         if self.base_norm == "l2":
             return mu / (mu.norm(dim=1, keepdim=True) + 1e-12)  # (B, C, K)  finite for an empty basis
         if self.base_norm == "layer":
-            return F.layer_norm(mu.transpose(1, 2), mu.shape[1:2]).transpose(1, 2)  # (B, C, K)
+            return F.layer_norm(mu.transpose(1, 2), (mu.shape[1],)).transpose(1, 2)  # (B, C, K)
         return mu / (z.sum(dim=1, keepdim=True) + 1e-6)  # (B, C, K)
 
     @torch.no_grad()
@@ -176,14 +175,16 @@ class EMANet(nn.Module):
     out: logits (B, num_classes, H, W)
 
     decoder adds the released code's 3x3 convolution to 256, BN, ReLU, Dropout2d, which Table 1 does not count.
-    The arguments are kept in `config`, so that EMANet(**net.config) builds the same network again.
+    EMANet(**net.config) builds the same network again.
     """
 
     def __init__(self, num_classes, backbone="resnet101", stem="7x7", weights="none", output_stride=8, channels=512,
                  attention="emau", num_bases=64, em_iterations=3, lam=1.0, alpha=0.9, base_update="average",
                  base_norm="l2", gradient="none", decoder=False, bn_momentum=3e-4, layers=4):
         super().__init__()
+        # Every argument by its name; the weights come from the checkpoint next time.
         self.config = {key: value for key, value in locals().items() if key not in ("self", "__class__", "weights")}
+        self.trained_on = {}                                                   # filled by load_checkpoint
         self.backbone = DilatedResNet(backbone, stem, weights, output_stride, layers)
         self.reduce = conv_bn_relu(self.backbone.out_channels, channels)
         self.decoder = nn.Sequential(*conv_bn_relu(channels, 256), nn.Dropout2d(0.1)) if decoder else nn.Identity()
@@ -198,7 +199,7 @@ class EMANet(nn.Module):
         elif attention == "none":
             self.attention = nn.Identity()
         else:
-            raise UserError(f"attention {attention!r} is unknown: choose one of {', '.join(CHOICES['attention'])}")
+            raise ValueError(f"attention {attention!r}: choose one of {CHOICES['attention']}")
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = bn_momentum
@@ -214,8 +215,6 @@ class EMANet(nn.Module):
     def head(self, x):
         """Attention and classifier: features (B, C, h, w) -> logits (B, L, h, w) in at least float32."""
         x = self.decoder(self.attention(x))  # (B, C or 256, h, w)
-        if self.training:
-            return at_least_float32(self.classifier(x))  # (B, L, h, w)
         with torch.autocast(x.device.type, enabled=False):                     # in bfloat16 the largest logits tie
             return self.classifier(at_least_float32(x))  # (B, L, h, w)
 
@@ -242,9 +241,8 @@ def save_checkpoint(checkpoint, path):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:                                   # RuntimeError: torch's, on a full disk
-        cause = error.__context__ if isinstance(error.__context__, OSError) else error     # torch hides the disk's
-        raise UserError(f"cannot write {path} ({first_line(cause)}): what was there is whole; make room, and "
-                        "--resume auto goes on") from None
+        raise UserError(f"cannot write {path} ({first_line(error)}): the file before it is whole; make room, "
+                        "then --resume auto continues") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -259,28 +257,28 @@ def read_checkpoint(path):
                 if damaged := archive.testzip():
                     raise ValueError(f"the check sum of {damaged} is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)   # never unpickles code
+        if not ("net" in checkpoint or {"model", "config"} <= checkpoint.keys()):
+            raise ValueError("it needs the keys model and config, or net for a released one")
     except Exception as error:  # noqa: BLE001 - a torn file makes torch and zipfile raise many kinds
         raise UserError(f"{path}: damaged, or not a checkpoint: {first_line(error)}") from None
-    if not isinstance(checkpoint, dict) or not ("net" in checkpoint or {"model", "config"} <= checkpoint.keys()):
-        raise UserError(f"{path}: not a checkpoint of EMANet (keys model and config, or net for a released one)")
     return checkpoint
 
 
 def load_checkpoint(path):
     """Builds the network of a checkpoint, in eval mode on the CPU: this project's files and the released code's.
 
-    `net.data` says what it was trained on: {"dataset": name, "classes": [names]}; empty for a released file.
+    `net.trained_on` says on what data: {"dataset": name, "classes": [names]}; empty for a released file.
     """
     checkpoint = read_checkpoint(path)
     try:
         if "net" in checkpoint:
             state, config = from_released(checkpoint["net"])
-            data = {}
+            net = EMANet(**config)
         else:
-            state, config, data = checkpoint["model"], checkpoint["config"]["network"], checkpoint["config"]["data"]
-        net = EMANet(**config | {"weights": "none"})
-        net.load_state_dict(state, strict=True)
-        net.data = dict(data)
+            state, config = checkpoint["model"], checkpoint["config"]
+            net = EMANet(**config["network"])
+            net.trained_on = dict(config["data"])
+        net.load_state_dict(state)
     except Exception as error:  # noqa: BLE001 - a made-up config raises many kinds
         raise UserError(f"{path}: does not fit the network it describes: {first_line(error)}") from None
     return net.eval()
@@ -298,8 +296,10 @@ def from_released(released):
     state = {}
     for key, value in released.items():
         key = key.removeprefix("module.")
-        theirs = next((name for name in RELEASED_NAMES if key.startswith(name + ".")), "")
-        state[RELEASED_NAMES.get(theirs, "") + key[len(theirs):]] = value      # an unknown name fails to load
+        for theirs, ours in RELEASED_NAMES.items():
+            if key.startswith(theirs + "."):
+                key = ours + key.removeprefix(theirs)
+        state[key] = value                                                     # an unknown name will fail to load
     _, channels, num_bases = state["attention.mu"].shape
     depth = len({key.split(".")[2] for key in state if key.startswith("backbone.layer3.")})
     return state, {"num_classes": len(state["classifier.bias"]),

@@ -88,11 +88,12 @@ def evaluate(net, data, device, *, ms_flip=False, amp=None, workers=2, save_png=
     net.eval()
     torch.backends.cudnn.benchmark = False                                     # images are of many sizes
     rank, world = rank_and_world()
-    my_indices, start, L = range(rank, len(data), world), time.time(), len(data.classes)
-    confusion = torch.zeros(L, L, dtype=torch.int64, device=device)
+    my_indices = range(rank, len(data), world)
     loader = make_loader(data, device, min(workers, len(my_indices)), batch_size=None, sampler=my_indices)
-    reported, palette = start, palette_of(data.classes)
-    for done, (i, (image, label)) in enumerate(zip(my_indices, loader, strict=True), 1):
+    L, palette = len(data.classes), palette_of(data.classes)
+    confusion = torch.zeros(L, L, dtype=torch.int64, device=device)
+    start = reported = time.time()
+    for i, (image, label) in zip(my_indices, loader, strict=True):
         logits = predict(net, image.to(device), ms_flip, amp)  # (L, H, W)
         prediction = logits.max(0)[1]  # (H, W)  max is faster than argmax
         confusion += confusion_matrix(prediction, label.to(device), L)
@@ -100,8 +101,8 @@ def evaluate(net, data, device, *, ms_flip=False, amp=None, workers=2, save_png=
             save_index_png(prediction.cpu().numpy(), Path(save_png) / f"{data.ids[i]}.png", palette)
         if progress and time.time() - reported > 5:
             reported = time.time()
-            eta = timedelta(seconds=int((reported - start) / done * (len(my_indices) - done)))
-            print_on_rank0(f"  {done * world}/{len(data)} images | eta {eta}")
+            left = timedelta(seconds=int((reported - start) / (i + 1) * (len(data) - i - 1)))
+            print_on_rank0(f"  {i + 1}/{len(data)} images | eta {left}")
     if world > 1:
         dist.all_reduce(confusion)
     return {**scores(confusion), "images": len(data), "seconds": time.time() - start}
@@ -167,9 +168,11 @@ def pick_device(name="auto"):
 
 def pick_amp(choice, device):
     """bfloat16 where the hardware computes with it, else None. It needs no gradient scaler, as float16 would."""
-    fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
-            device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
-    return torch.bfloat16 if choice == "bf16" or choice == "auto" and fast else None
+    if choice == "auto" and device.type == "cuda":
+        choice = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "off"
+    if choice == "auto" and device.type == "cpu":
+        choice = "bf16" if torch.cpu._is_avx512_bf16_supported() else "off"
+    return torch.bfloat16 if choice == "bf16" else None
 
 
 def memory_format(device):
@@ -193,9 +196,6 @@ def run(main):
     """Runs a script's main. A mistake the user can correct becomes one line and exit status 1."""
     try:
         main()
-        sys.stdout.flush()
-    except BrokenPipeError:                              # whoever read the output has left, as `| head` does
-        os._exit(1)
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     except torch.OutOfMemoryError as error:
@@ -227,13 +227,13 @@ def parse_args(argv=None):
 
 def open_dataset(args, net):
     """The data set of the command line, or else of the checkpoint; UserError where the two do not fit together."""
-    name, num_classes = args.dataset or net.data.get("dataset"), net.config["num_classes"]
+    name, num_classes = args.dataset or net.trained_on.get("dataset"), net.config["num_classes"]
     if name not in DATASETS:
         raise UserError("the checkpoint does not say what it was trained on: add --dataset, e.g. --dataset voc")
     data = build_dataset(name, args.data_root, args.split, 60 if num_classes == 60 else 59)
     if len(data.classes) != num_classes:
         raise UserError(f"the checkpoint has {num_classes} classes, {name} has {len(data.classes)}: no comparison")
-    if net.data.get("classes", list(data.classes)) != list(data.classes):
+    if net.trained_on.get("classes", list(data.classes)) != list(data.classes):
         raise UserError(f"the checkpoint's classes have other names, or another order, than those of {name} in "
                         f"{args.data_root}: scores would mean nothing")
     return data

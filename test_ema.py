@@ -540,7 +540,7 @@ def test_checkpoint_comes_back_the_same(tmp_path):
     write_net(net, tmp_path / "model.pth", {"dataset": "folder", "classes": ["a", "b", "c", "d"]})
     again = load_checkpoint(tmp_path / "model.pth")
     assert again.config == net.config and not again.training
-    assert again.data == {"dataset": "folder", "classes": ["a", "b", "c", "d"]}
+    assert again.trained_on == {"dataset": "folder", "classes": ["a", "b", "c", "d"]}
     assert again.attention.lam == 0.5 and {m.momentum for m in again.modules() if isinstance(m, nn.BatchNorm2d)} == {0.2}
     assert all(torch.equal(again.state_dict()[key], value) for key, value in net.state_dict().items())
 
@@ -569,7 +569,7 @@ def test_released_checkpoint_computes_what_the_released_network_does(released):
     net = load_checkpoint(path)
     expected = {"num_classes": 21, "backbone": "resnet50", "stem": "deep", "channels": 512, "num_bases": 64,
                 "decoder": True, "output_stride": 8, "em_iterations": 3, "lam": 1.0}
-    assert len(state) == 353 and expected.items() <= net.config.items() and net.data == {} and not net.training
+    assert len(state) == 353 and expected.items() <= net.config.items() and net.trained_on == {} and not net.training
     with torch.no_grad():
         assert (net.double()(images) - theirs).abs().max() < 2e-5 * theirs.std()
     fail(evaluate, f"--ckpt {path}", "--dataset")
@@ -777,7 +777,7 @@ def test_own_folder_is_read(folder_root):
 
 
 def test_images_are_rgb_and_never_turned(tmp_path):
-    """Labels lie as the pixels lie in the file, so that EXIF must not turn the image; gray, of 16 bits too, is RGB."""
+    """Labels lie as the pixels lie in the file, so that EXIF must not turn the image; gray becomes RGB; 16 bits are refused."""
     exif = Image.Exif()
     exif[0x0112] = 6                                          # "turn by 90 degrees"
     gray = picture((11, 17), 0)[:, :, 0]
@@ -785,8 +785,9 @@ def test_images_are_rgb_and_never_turned(tmp_path):
     Image.fromarray(gray).save(tmp_path / "gray.png")
     Image.fromarray(gray.astype(np.uint16) * 256).save(tmp_path / "gray16.png")
     assert data.read_image(tmp_path / "turned.jpg").shape == (3, 11, 17)
-    for name in ("gray.png", "gray16.png"):
-        assert np.array_equal(data.read_image(tmp_path / name), np.stack([gray] * 3))
+    assert np.array_equal(data.read_image(tmp_path / "gray.png"), np.stack([gray] * 3))
+    with pytest.raises(UserError, match="gray16.png: .*16 bits"):
+        data.read_image(tmp_path / "gray16.png")
 
 
 def test_index_png_has_vocs_colours(tmp_path):
@@ -1071,12 +1072,12 @@ def test_run_that_diverges_is_stopped(tiny, folder_root):
     """A loss or a weight that is not finite ends the run; the line names iteration, images and remedy."""
     net, own = small_net(), build_dataset("folder", folder_root, "train")
     schedule = Schedule(own, 7, 0, range(10))
-    train.check_finite(torch.tensor([1.0, 2.0]), net, 10, own, schedule)
+    train.check_finite(torch.tensor([1.0, 2.0]), net, iteration=10, data=own, schedule=schedule)
     with pytest.raises(UserError, match=r"loss of iteration 9 .*train_\d.*--lr"):
-        train.check_finite(torch.tensor([1.0, math.nan, 1.0]), net, 10, own, schedule)
+        train.check_finite(torch.tensor([1.0, math.nan, 1.0]), net, iteration=10, data=own, schedule=schedule)
     net.classifier.weight.data[0] = math.inf
     with pytest.raises(UserError, match="update of iteration 10 .*--lr"):
-        train.check_finite(torch.tensor([1.0, 2.0]), net, 10, own, schedule)
+        train.check_finite(torch.tensor([1.0, 2.0]), net, iteration=10, data=own, schedule=schedule)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -1092,7 +1093,7 @@ def test_resumed_run_continues_exactly(workers, tiny, folder_root, tmp_path, mon
         with pytest.raises(SystemExit) as end:
             command(train, f"{line} --out", tmp_path / "resumed")
         assert end.value.code == 128 + 15 and torch.load(tmp_path / "resumed/last.pth")["iteration"] == 5
-    assert "going on after iteration 5" in command(train, f"{line} --out", tmp_path / "resumed")
+    assert "the checkpoint of iteration 5" in command(train, f"{line} --out", tmp_path / "resumed")
     straight, resumed = (torch.load(tmp_path / run / "last.pth") for run in ("straight", "resumed"))
     assert log_of(tmp_path / "straight", "loss") == log_of(tmp_path / "resumed", "loss")
     assert straight["best"] == resumed["best"] and straight["iteration"] == resumed["iteration"] == 6
@@ -1118,15 +1119,15 @@ def test_resume_wants_the_same_run(trained, own_folder, tmp_path):
 
 
 def test_init_from_another_network(tmp_path, capsys, tiny):
-    """--init takes the whole network; with another number of classes the classifier starts afresh, and says so."""
+    """--init takes the whole network; with another number of classes the classifier is new, and it says so."""
     source, path = small_net(4, seed=1), tmp_path / "model.pth"
     write_net(source, path)
     same, other, own = small_net(4), small_net(6), small_net(6).state_dict()
     train.load_init(same, path)
-    assert "afresh" not in capsys.readouterr().out
+    assert "new one" not in capsys.readouterr().out
     assert all(torch.equal(value, source.state_dict()[key]) for key, value in same.state_dict().items())
     train.load_init(other, path)
-    assert re.search("4 classes.* 6.*afresh", capsys.readouterr().out)
+    assert re.search("4 classes.* 6.*new one", capsys.readouterr().out)
     for key, value in other.state_dict().items():
         assert torch.equal(value, (own if key.startswith("classifier.") else source.state_dict())[key]), key
     for different in (small_net(4, channels=8), small_net(4, decoder=True), small_net(4, attention="none")):
@@ -1296,7 +1297,7 @@ def test_pictures_of_own_images(tiny, tmp_path):
     net.classifier.bias.data.zero_()                          # so that it sees several classes
     write_net(net, tmp_path / "model.pth", {"dataset": "folder", "classes": ["a", "b", "c", "d"]})
     line = f"--ckpt {tmp_path}/model.pth --size 64 --out {tmp_path}/out --image {tmp_path}/photos"
-    command(visualize, f"{line} --bases random")
+    command(visualize, f"{line} --bases 0,5")
     for name, upright in (("turned", np.rot90(picture((60, 90), 3), -1)), ("large", picture((88, 128), 4))):
         small = Image.fromarray(np.ascontiguousarray(upright))
         small.thumbnail((64, 64), Image.Resampling.BILINEAR)

@@ -3,10 +3,10 @@
     python train.py                                                    # built-in scenes: any machine, a few minutes
     torchrun --nproc_per_node=4 train.py --dataset voc                 # the paper's recipe on four GPUs
     python train.py --dataset folder --data-root my_images             # your own images, one GPU or none
-    python train.py --dataset voc --resume auto                        # go on where a run was interrupted
+    python train.py --dataset voc --resume auto                        # continue an interrupted run
 
 Writes to --out: model.pth (the network as last validated, for evaluate.py and visualize.py), last.pth (everything
-needed to go on) and log.jsonl (one line of numbers per printed line).
+needed to continue) and log.jsonl (one line of numbers per printed line).
 """
 import argparse
 import json
@@ -43,34 +43,32 @@ from evaluate import (
     summary,
 )
 
-# The recipes: the values of flags that are not given (marked * in --help). "paper": the paper's settings (Sec. 6.1);
-# "released": those of the released code where it differs. What the paper leaves open (BN momentum, gradient) is as in the
-# released code. bn_momentum, eval_output_stride and layers have no flag.
+# The recipes: for each data set the values of the flags that are not given (marked * in --help). They are the paper's
+# (Sec. 6.1); what it leaves open, BN momentum and gradient, is as in the released code. bn_momentum, eval_output_stride
+# and layers have no flag.
 PAPER = {"split": "trainaug", "backbone": "resnet101", "stem": "7x7", "weights": "imagenet", "output_stride": 16,
          "eval_output_stride": 8, "crop": 513, "batch_size": 16, "iters": 30000, "lr": 0.009, "bn_momentum": 3e-4,
          "channels": 512, "decoder": False, "eval_every": 3000, "layers": 4, "gradient": "none"}
-RECIPES = {
-    ("voc", "paper"): PAPER,
-    ("voc", "released"): PAPER | {"output_stride": 8, "stem": "deep", "weights": "resnet101-2a57e44d.pth",
-                                  "decoder": True},
-    ("context", "paper"): PAPER | {"split": "train", "iters": 15000, "eval_every": 1500},
-    ("cocostuff", "paper"): PAPER | {"split": "train", "output_stride": 8},
-    # The paper has no figure for the 164K release; twelve times the images get the iterations others give them.
-    ("cocostuff164k", "paper"): PAPER | {"split": "train", "output_stride": 8, "iters": 80000, "eval_every": 8000},
-    # First of three stages for VOC's test server; the next ones are --dataset voc --init (README, Train).
-    ("coco2voc", "paper"): PAPER | {"split": "train", "iters": 150000, "eval_every": 15000},
-    # A folder of images is small as a rule: half of VOC's iterations.
-    ("folder", "paper"): PAPER | {"split": "train", "iters": 15000, "eval_every": 1500},
-    # Scenes are a smoke test for any laptop: a small network from scratch, so a large lr and BN momentum.
-    ("scenes", "paper"): PAPER | {"split": "train", "backbone": "resnet18", "weights": "none", "output_stride": 8,
-                                  "crop": 97, "iters": 400, "lr": 0.1, "channels": 128, "eval_every": 200,
-                                  "bn_momentum": 0.0225}}
+# Scenes are a smoke test for any laptop: a small network from scratch, so a large lr and BN momentum.
+SCENES = PAPER | {"split": "train", "backbone": "resnet18", "weights": "none", "output_stride": 8, "crop": 97,
+                  "iters": 400, "lr": 0.1, "channels": 128, "eval_every": 200, "bn_momentum": 0.0225}
 # Cells ask whether attention brings in what lies far away: a network that by itself sees little of the image.
 # differs: all rounds in the graph. Without, the attention fails at this task (extras/evidence).
-RECIPES |= {(name, "paper"): RECIPES["scenes", "paper"] | {
-    "layers": 2, "gradient": "full", "crop": 193, "batch_size": 8, "lr": 0.03, "eval_every": 400}
-    for name in ("cells", "cells-key", "cells-local")}
-# The settings that EMANet has under the same names, and those that may change when a run goes on
+CELLS = SCENES | {"layers": 2, "gradient": "full", "crop": 193, "batch_size": 8, "lr": 0.03, "eval_every": 400}
+RECIPES = {
+    "voc": PAPER,
+    "context": PAPER | {"split": "train", "iters": 15000, "eval_every": 1500},
+    "cocostuff": PAPER | {"split": "train", "output_stride": 8},
+    # The paper has no figure for the 164K release; twelve times the images get the iterations others give them.
+    "cocostuff164k": PAPER | {"split": "train", "output_stride": 8, "iters": 80000, "eval_every": 8000},
+    # First of three stages for VOC's test server; the next ones are --dataset voc --init (README, Train).
+    "coco2voc": PAPER | {"split": "train", "iters": 150000, "eval_every": 15000},
+    # A folder of images is small as a rule: half of VOC's iterations.
+    "folder": PAPER | {"split": "train", "iters": 15000, "eval_every": 1500},
+    "scenes": SCENES, "cells": CELLS, "cells-key": CELLS, "cells-local": CELLS}
+# --recipe released: VOC, where the released code differs from the paper.
+RELEASED = PAPER | {"output_stride": 8, "stem": "deep", "weights": "resnet101-2a57e44d.pth", "decoder": True}
+# The settings that EMANet has under the same names, and those that may change when a run is resumed
 NETWORK = ("backbone", "stem", "output_stride", "channels", "attention", "num_bases", "em_iterations", "lam", "alpha",
            "base_update", "base_norm", "gradient", "decoder", "bn_momentum", "layers")
 MAY_CHANGE = ("data_root", "workers", "device", "out", "resume", "eval_every", "compile")
@@ -84,10 +82,8 @@ def parse_args(argv=None):
     add("--dataset", choices=DATASETS, default="scenes", help="data set (default: scenes, which needs no files)")
     add("--data-root", default="datasets", help="folder that holds the data set, see README (default: datasets)")
     add("--split", help="list of images to train on *")
-    add("--context-classes", type=int, choices=(59, 60), default=59,
-        help="PASCAL Context: ignore what is none of 59 classes, or learn it as one more (default: 59)")
-    add("--crop", type=int, metavar="PIXELS", help="side of the square training crops; S k + 1 pixels (S the output "
-        "stride) lie on the feature grid as whole images do *")
+    add("--context-classes", type=int, choices=(59, 60), default=59, help="PASCAL Context; 60 learns the rest as well")
+    add("--crop", type=int, metavar="PIXELS", help="side of the training crops, best output stride x k + 1 *")
     add("--workers", type=int, default=2, help="processes per GPU that decode images ahead (default: 2)")
     add = parser.add_argument_group("network").add_argument
     add("--backbone", choices=RESNETS, help="depth of the ResNet *")
@@ -98,54 +94,60 @@ def parse_args(argv=None):
     add("--channels", type=int, help="channels of the attention, 512 or 256 in the paper *")
     add("--decoder", action=argparse.BooleanOptionalAction, help="the released code's 3x3 before the classifier *")
     add = parser.add_argument_group("attention").add_argument
-    add("--attention", choices=CHOICES["attention"], default="emau",
-        help="the unit, one of its relatives of Sec. 5.4, or nothing (default: emau)")
+    add("--attention", choices=CHOICES["attention"], default="emau", help="EMAU, or a relative of Sec. 5.4, or none")
     add("--num-bases", type=int, default=64, help="K (default: 64)")
     add("--em-iterations", type=int, default=3, help="T (default: 3)")
     add("--lam", type=float, default=1.0, help="lambda of Eq. 12, the inverse temperature (default: 1)")
     add("--alpha", type=float, default=0.9, help="momentum of the bases, Eq. 15 (default: 0.9)")
-    add("--base-update", choices=CHOICES["base_update"], default="average",
-        help="how the initial bases are kept, Sec. 5.2 (default: average)")
+    add("--base-update", choices=CHOICES["base_update"], default="average", help="how initial bases are kept, Sec. 5.2")
     add("--base-norm", choices=CHOICES["base_norm"], default="l2", help="of the bases, Sec. 5.3 (default: l2)")
-    add("--gradient", choices=CHOICES["gradient"],
-        help="through the EM rounds: none as in the released code, the last E-step's, or all *")
+    add("--gradient", choices=CHOICES["gradient"], help="through EM: none as released, the last E-step's, or full *")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--recipe", choices=("paper", "released"), default="paper", help="which defaults to take (default: paper)")
+    add("--recipe", choices=("paper", "released"), default="paper", help="released: those of the released code (voc)")
     add("--batch-size", type=int, help="crops per iteration, over all processes together *")
-    add("--accumulate", type=int, default=1, help="cut the batch into so many parts, one after the other, when memory "
-        "is short; BN then sees the parts (default: 1)")
+    add("--accumulate", type=int, default=1, help="parts of the batch when memory is short; BN sees parts (default: 1)")
     add("--iters", type=int, help="iterations *")
     add("--lr", type=float, help="learning rate at the start; falls as (1 - i / iters) ** 0.9 *")
     add("--seed", type=int, default=0, help="of initialisation, order, crops and dropout (default: 0)")
     add = parser.add_argument_group("running").add_argument
     add("--out", metavar="DIR", help="output folder, new or empty (default: out/DATASET)")
-    add("--resume", metavar="auto|FILE", help="go on from --out's last.pth, if there is one, or from a file")
+    add("--resume", metavar="auto|FILE", help="continue from --out's last.pth, if there is one, or from a file")
     add("--eval-every", type=int, metavar="ITERS", help="iterations between validations *")
     add("--amp", choices=("auto", "bf16", "off"), default="auto", help="bfloat16 autocast (default: where it is fast)")
     add("--compile", action="store_true", help="torch.compile the training step")
     add("--device", default="auto", help="auto (cuda, then mps, then cpu) or a torch device")
     args = parser.parse_args(argv)
+    check_flags(args, parser)
+    follow_recipe(args)
+    return args
 
-    recipe = RECIPES.get((args.dataset, args.recipe))
-    if recipe is None:
-        raise UserError(f"no recipe {args.recipe!r} for {args.dataset}: there is --recipe paper")
-    used = {"emau": NETWORK, "a2": ("num_bases",)}.get(args.attention, ())
+
+def check_flags(args, parser):
+    """UserError for a number that cannot be, and for a setting of EMAU given to another attention."""
+    for key, least in {"em_iterations": 1, "num_bases": 1, "channels": 2, "crop": 2, "batch_size": 1, "accumulate": 1,
+                       "iters": 1, "eval_every": 1, "seed": 0, "workers": 0}.items():
+        value = getattr(args, key)
+        if value is not None and value < least:
+            raise UserError(f"--{key.replace('_', '-')} {value}: must be at least {least}")
+    read = {"emau": NETWORK, "a2": ("num_bases",)}.get(args.attention, ())
     for key in ("num_bases", "em_iterations", "lam", "alpha", "base_update", "base_norm", "gradient"):
-        if key not in used and getattr(args, key) != parser.get_default(key):
+        if key not in read and getattr(args, key) != parser.get_default(key):
             raise UserError(f"--{key.replace('_', '-')} is a setting of --attention emau, not of {args.attention}")
+
+
+def follow_recipe(args):
+    """Fills in what was not given: a flag marked * is None then."""
+    if args.recipe == "released" and args.dataset != "voc":
+        raise UserError(f"--recipe released is for --dataset voc, {args.dataset} has --recipe paper alone")
+    recipe = RELEASED if args.recipe == "released" else RECIPES[args.dataset]
     for key, value in recipe.items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
-    for key, least in {"em_iterations": 1, "num_bases": 1, "channels": 2, "crop": 2, "batch_size": 1, "accumulate": 1,
-                       "iters": 1, "eval_every": 1, "seed": 0, "workers": 0}.items():
-        if getattr(args, key) < least:
-            raise UserError(f"--{key.replace('_', '-')} {getattr(args, key)}: must be at least {least}")
-    # A recipe's BN momentum suits its length: 3e-4 x 30,000 = 9 time constants for VOC. A shorter run keeps that
-    # number, or its running statistics would stay near their init.
+    # BN's running statistics are an average over about 1 / momentum iterations. The paper's 30,000 are nine times that
+    # for momentum 3e-4; a run shorter than its recipe keeps the nine, or what it began with would still count.
     if args.iters < recipe["iters"]:
         args.bn_momentum = min(0.1, max(args.bn_momentum, 9 / args.iters))
     args.out = args.out or f"out/{args.dataset}"
-    return args
 
 
 # ---- The parts of a step
@@ -159,8 +161,9 @@ def segmentation_loss(logits, label):
 
 
 def batch_loss(model, batch, device, amp):
-    """The loss of a batch as the loader gives it: uint8 goes to the device and becomes floats there."""
-    images, labels = (part.to(device, non_blocking=device.type == "cuda") for part in batch)  # (B, 3, ., .), (B, ., .)
+    """The loss of a batch as the loader gives it: images uint8 (B, 3, crop, crop), which become floats on the device,
+    and labels uint8 (B, crop, crop)."""
+    images, labels = (part.to(device, non_blocking=device.type == "cuda") for part in batch)
     images = normalise(images).contiguous(memory_format=memory_format(device))  # (B, 3, crop, crop)
     with torch.autocast(device.type, amp, enabled=amp is not None):
         return segmentation_loss(model(images), labels)
@@ -185,16 +188,16 @@ def build_optimizer(net, lr):
 
 
 def training_step(model, optimizer, loader, *, lr, accumulate, device, amp):
-    """One iteration: the loss of this process' part of the batch (a tensor), the seconds spent waiting for data."""
+    """One iteration: the loss of this process' part of the batch (a tensor), and the seconds it waited for data."""
     model.train()
     torch.backends.cudnn.benchmark = True                                      # crops are all of one size
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
-    loss, waited = 0, 0.0
+    loss, data_seconds = 0, 0.0
     for part in range(1, accumulate + 1):
         before = time.time()
         batch = next(loader)
-        waited += time.time() - before
+        data_seconds += time.time() - before
         # processes exchange gradients once, in the last part
         with model.no_sync() if part < accumulate and hasattr(model, "no_sync") else nullcontext():
             part_loss = batch_loss(model, batch, device, amp) / accumulate
@@ -202,10 +205,10 @@ def training_step(model, optimizer, loader, *, lr, accumulate, device, amp):
         loss = loss + part_loss.detach()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return loss, waited                                                        # no .item(): the device need not wait
+    return loss, data_seconds                                                  # no .item(): the device need not wait
 
 
-# ---- Starting, going on, stopping
+# ---- Starting, resuming, stopping
 def build_datasets(args):
     """The data sets for training and validation; no validation for a folder without a list for it."""
     data = build_dataset(args.dataset, args.data_root, args.split, args.context_classes)
@@ -227,11 +230,11 @@ def build_network(args, num_classes, weights):
 
 
 def load_init(net, path):
-    """Starts from the network of a checkpoint; the classifier afresh where the number of classes differs."""
+    """Starts from the network of a checkpoint; with a new classifier where the number of classes differs."""
     state, mine = load_checkpoint(path).state_dict(), net.state_dict()
     if state["classifier.bias"].shape != mine["classifier.bias"].shape:
         print_on_rank0(f"{path} has {len(state['classifier.bias'])} classes, the data set "
-                       f"{len(mine['classifier.bias'])}: the classifier starts afresh")
+                       f"{len(mine['classifier.bias'])}: the classifier is a new one")
         state |= {key: value for key, value in mine.items() if key.startswith("classifier.")}
     try:
         net.load_state_dict(state)
@@ -241,13 +244,14 @@ def load_init(net, path):
 
 
 def find_checkpoint(args):
-    """The checkpoint to go on from, or None for a run that begins. An existing run is never overwritten."""
-    out = Path(args.out)
-    path = out / "last.pth" if args.resume == "auto" else Path(args.resume or "")
-    begins = not args.resume or path.resolve().parent != out.resolve()
-    if begins and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is not empty: --resume auto goes on with the run in it, --out DIR starts another")
-    if not args.resume or args.resume == "auto" and not path.exists():
+    """The checkpoint to continue from, or None for a run that begins. An existing run is never overwritten."""
+    out, path = Path(args.out), None
+    if args.resume:
+        path = out / "last.pth" if args.resume == "auto" else Path(args.resume)
+    in_use = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    if in_use and not (path and path.resolve().parent == out.resolve()):
+        raise UserError(f"{out} is not empty: --resume auto continues the run in it, --out DIR starts another")
+    if path is None or args.resume == "auto" and not path.exists():
         return None
     checkpoint = read_checkpoint(path)
     if "optimizer" not in checkpoint:
@@ -256,41 +260,52 @@ def find_checkpoint(args):
 
 
 def check_same_run(config, checkpoint):
-    """UserError if a run would go on with other settings or other data than it was started with."""
+    """UserError if a run would continue with other settings or other data than it was started with."""
     for part in ("training", "data"):
         before = checkpoint["config"].get(part, {})
         for key, value in config[part].items():
             if before.get(key) != value:
                 raise UserError(f"the run was started with another {key.replace('_', '-')} ({before.get(key)}, not "
-                                f"{value}): go on with the same, or start another run with --out DIR")
+                                f"{value}): keep it, or start another run with --out DIR")
 
 
-def check_finite(losses, net, done, data, schedule):
-    """Stops a run whose losses (iterations,), the last of them of iteration `done`, or whose weights are not finite."""
+def check_finite(losses, net, *, iteration, data, schedule):
+    """UserError if one of the losses (iterations,), of which `iteration` has the last, or a weight is not finite."""
     bad = losses.isfinite().logical_not().nonzero().flatten().tolist()
     if not bad and all(p.isfinite().all() for p in net.parameters()):
         return
-    iteration = done - len(losses) + bad[0] + 1 if bad else done
+    if bad:
+        iteration -= len(losses) - 1 - bad[0]                                  # the first of them
     images = ", ".join(str(i if data.endless else data.ids[i]) for i in schedule.indices(iteration - 1))
     raise UserError(f"the {'loss' if bad else 'update'} of iteration {iteration} is not finite (images {images}): "
-                    "lower --lr or look at these images; --resume auto goes on from the last checkpoint")
+                    "lower --lr or look at these images; --resume auto continues from the last checkpoint")
 
 
-STOP = []                     # signals that asked this process to stop
+SIGNALS = []                  # those that asked this process to stop
 
 
 def ask_to_stop(number, frame):
     """The first Ctrl-C or SIGTERM: stop after this iteration, with everything saved. A second one ends at once."""
-    STOP.append(number)
+    SIGNALS.append(number)
     signal.signal(number, signal.SIG_DFL)
 
 
-def stop_signal():
+def signal_to_stop():
     """The number of the signal that asked any of the processes to stop, or 0."""
-    asked = torch.tensor(max(STOP, default=0))
+    number = torch.tensor(max(SIGNALS, default=0))
     if dist.is_initialized():
-        dist.all_reduce(asked, dist.ReduceOp.MAX)                              # on the CPU: the GPU goes on meanwhile
-    return asked.item()
+        dist.all_reduce(number, dist.ReduceOp.MAX)                             # on the CPU: the GPU need not wait
+    return number.item()
+
+
+# ---- What a run tells
+def print_header(args, data, val, weights, machine):
+    """What one needs to know to compare a run with the paper, or to repeat it."""
+    print_on_rank0("settings " + " ".join(f"{key}={value}" for key, value in vars(args).items()))
+    print_on_rank0(f"weights  {weights}")
+    print_on_rank0(f"data     {data.name} {data.split}: {'endless' if data.endless else len(data)} images, "
+                   f"{len(data.classes)} classes; validation: {len(val) if val else 'none'}")
+    print_on_rank0(f"machine  {machine}")
 
 
 def write_log(path, **record):
@@ -299,11 +314,11 @@ def write_log(path, **record):
             with open(path, "a") as file:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
-            raise UserError(f"cannot write {path} ({error}): make room, and --resume auto goes on") from None
+            raise UserError(f"cannot write {path} ({error}): make room, then --resume auto continues") from None
 
 
-def log_iteration(path, args, device, *, iteration, loss, lr, seconds, data_seconds):
-    """Prints and writes one line about the last iterations: their mean loss, the time each took and waited for data."""
+def log_iterations(path, args, device, *, iteration, loss, lr, seconds, data_seconds):
+    """Prints and writes a line about the latest iterations: mean loss, seconds each took, and waited for data."""
     memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
     eta = timedelta(seconds=int(seconds * (args.iters - iteration)))
     print_on_rank0(f"iter {iteration:6d}/{args.iters} | loss {loss:.4f} | lr {lr:.2e} | {1000 * seconds:.0f} ms (data "
@@ -317,11 +332,12 @@ def log_iteration(path, args, device, *, iteration, loss, lr, seconds, data_seco
 def train(args):
     # processes
     device = init_distributed(args.device)
+    amp = pick_amp(args.amp, device)
     rank, world = rank_and_world()
     if args.batch_size % (world * args.accumulate):
         raise UserError(f"--batch-size {args.batch_size} cannot be shared by {world} processes x --accumulate "
                         f"{args.accumulate}")
-    STOP.clear()
+    SIGNALS.clear()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, ask_to_stop)
 
@@ -346,9 +362,8 @@ def train(args):
     model = torch.compile(net) if args.compile else net          # evaluation uses `net`: its image sizes vary
     if world > 1:
         model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
-    amp = pick_amp(args.amp, device)
 
-    # optimiser, and where to go on
+    # optimiser, and where to continue
     optimizer = build_optimizer(net, args.lr)
     start, best = 0, 0.0
     if checkpoint:
@@ -357,46 +372,40 @@ def train(args):
     schedule = Schedule(data, args.batch_size, args.seed, range(start, args.iters), rank, world, args.accumulate)
     loader = iter(make_loader(TrainView(data, args.crop, args.seed), device, args.workers, batch_sampler=schedule))
 
-    # what one needs to know to compare with the paper
+    # all checks have passed: the folder, and what a run begins by telling
+    out, log = Path(args.out), Path(args.out) / "log.jsonl"
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
     machine = f"{world} x {torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type}, " \
               f"{'bfloat16' if amp else 'float32'}, torch {torch.__version__}, torchvision {torchvision.__version__}"
-    print_on_rank0("settings " + " ".join(f"{key}={value}" for key, value in vars(args).items()))
-    print_on_rank0(f"weights  {'the checkpoint' if checkpoint else args.init or net.backbone.weights_origin}")
-    print_on_rank0(f"data     {data.name} {data.split}: {'endless' if data.endless else len(data)} images, "
-                   f"{len(data.classes)} classes; validation: {len(val) if val else 'none'}")
-    print_on_rank0(f"machine  {machine}")
-    if checkpoint:
-        print_on_rank0(f"going on after iteration {start}")
-    out = Path(args.out)
-    log = out / "log.jsonl"
-    if rank == 0:                                                # all checks have passed
-        out.mkdir(parents=True, exist_ok=True)
+    weights = f"the checkpoint of iteration {start}" if checkpoint else args.init or net.backbone.weights_origin
+    print_header(args, data, val, weights, machine)
     write_log(log, args=vars(args), machine=machine)
 
     log_every = max(1, min(50, args.iters // 50))
-    new_losses, waited, log_started = [], 0.0, time.time()       # since the last log line
+    losses, waited, since = [], 0.0, time.time()                 # of the iterations that no log line has told yet
     for iteration in range(start + 1, args.iters + 1):
         # step. Dropout's randomness is a function of (seed, iteration, rank), so that no state of it has to be saved.
         torch.manual_seed(int(np.random.SeedSequence((args.seed, iteration, rank)).generate_state(1)[0]))
         lr = args.lr * (1 - (iteration - 1) / args.iters) ** 0.9               # the "poly" policy
-        loss, data_wait = training_step(model, optimizer, loader, lr=lr, accumulate=args.accumulate, device=device,
-                                        amp=amp)
-        new_losses.append(loss)
-        waited += data_wait
-        stop = stop_signal()
+        loss, data_seconds = training_step(model, optimizer, loader, lr=lr, accumulate=args.accumulate, device=device,
+                                           amp=amp)
+        losses.append(loss)
+        waited += data_seconds
+        stop = signal_to_stop()
         validate = iteration % args.eval_every == 0 or iteration == args.iters
         save = stop or validate or iteration % SAVE_EVERY == 0
 
         # log
         if save or iteration % log_every == 0:
-            losses = torch.stack(new_losses)  # (iterations,)
+            losses = torch.stack(losses)  # (iterations,)
             if world > 1:
                 dist.all_reduce(losses)
                 losses /= world
-            check_finite(losses, net, iteration, data, schedule)
-            log_iteration(log, args, device, iteration=iteration, loss=losses.mean().item(), lr=lr,
-                          seconds=(time.time() - log_started) / len(losses), data_seconds=waited / len(losses))
-            new_losses, waited, log_started = [], 0.0, time.time()
+            check_finite(losses, net, iteration=iteration, data=data, schedule=schedule)
+            log_iterations(log, args, device, iteration=iteration, loss=losses.mean().item(), lr=lr,
+                           seconds=(time.time() - since) / len(losses), data_seconds=waited / len(losses))
+            losses, waited, since = [], 0.0, time.time()
 
         # validate
         if save and world > 1:             # plain BN's statistics differ between processes, a saved network has but one
@@ -410,24 +419,24 @@ def train(args):
             print_on_rank0(summary(val, result))
             write_log(log, iteration=iteration, best=best, **{f"val_{key}": value for key, value in result.items()})
 
-        # save. Nothing is pending now, neither losses nor a validation.
+        # save: every loss is in the log by now, and the validation done
         if validate and rank == 0:
             save_checkpoint({"model": net.state_dict(), "config": config}, out / "model.pth")
         if save and rank == 0:
             save_checkpoint({"model": net.state_dict(), "config": config, "optimizer": optimizer.state_dict(),
                              "iteration": iteration, "best": best}, out / "last.pth")
         if save:
-            log_started = time.time()
+            since = time.time()                                                # the next log line is about steps alone
         if stop and iteration < args.iters:
-            print_on_rank0(f"stopped after iteration {iteration}, all saved: --resume auto goes on")
+            print_on_rank0(f"stopped after iteration {iteration}, all saved: --resume auto continues")
             end_distributed()
             sys.exit(128 + stop)
 
     where = "" if data.endless else f" --data-root {args.data_root}"
     where += "" if val else f" --split {args.split}"
-    print_on_rank0(f"done: wrote model.pth, last.pth and log.jsonl into {out}\n"
-                   f"next:    python evaluate.py --ckpt {out}/model.pth{where}\n"
-                   f"         python visualize.py --ckpt {out}/model.pth{where}")
+    print_on_rank0(f"done: model.pth, last.pth and log.jsonl are in {out}\n"
+                   f"next: python evaluate.py --ckpt {out}/model.pth{where}\n"
+                   f"      python visualize.py --ckpt {out}/model.pth{where}")
     end_distributed()
 
 

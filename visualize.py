@@ -44,21 +44,19 @@ def predict_with_bases(net, image):
 
 
 def at_image_size(maps, size, stride):
-    """Maps (B, ., h, w) of a padded image, brought to its size as the logits are, then cut: (B, ., H, W)."""
+    """M maps (B, M, h, w) of a padded image, brought to its size as the logits are, then cut: (B, M, H, W)."""
     padded = [stride * (side - 1) + 1 for side in maps.shape[2:]]
     return F.interpolate(maps, padded, mode="bilinear", align_corners=True)[:, :, :size[0], :size[1]]
 
 
 def choose_bases(wanted, zs, count=4):
-    """Indices of the bases to show, for responsibilities zs, a list of (T, K, h, w): given as "3,17", "random" as in
-    Fig. 5, or those that hold the most pixels of all the images."""
+    """Indices of the bases to show, for responsibilities zs, a list of (T, K, h, w): given as "3,17", or those that
+    hold the most pixels of all the images. (Fig. 5 shows random ones.)"""
     K = zs[0].shape[1]
-    if wanted == "random":
-        return torch.randperm(K, generator=torch.Generator().manual_seed(0))[:count].tolist()
     if wanted:
         bases = [int(word) if word.strip().isdigit() else -1 for word in wanted.split(",")]
         if not all(0 <= k < K for k in bases):
-            raise UserError(f"--bases {wanted}: give numbers from 0 to {K - 1} with commas between them, or random")
+            raise UserError(f"--bases {wanted}: give numbers from 0 to {K - 1} with commas between them")
         return bases
     held = sum(torch.bincount(z[-1].flatten(1).argmax(0), minlength=K) for z in zs)  # (K,)
     return held.argsort(descending=True, stable=True)[:count].tolist()
@@ -125,19 +123,31 @@ def grid(rows):
 
 # ---- The script
 def own_images(path, size):
-    """Name, image uint8 (3, ., .) and original (H, W) of an image file, or of those in a folder. The image is turned
-    as its EXIF data says, and brought down to `size` pixels along its longer side: the network knows objects at the
-    size they have in its training images, and a photograph of 12 megapixels would not fit into memory."""
+    """Yields name, image uint8 (3, ., .), no label, and original (H, W) of an image file, or of those in a folder.
+
+    An image is turned as its EXIF data says, and brought down to `size` pixels along its longer side: the network knows
+    objects at the size they have in its training images, and 12 megapixels would not fit into memory.
+    """
     path = Path(path)
-    files = sorted(f for f in path.iterdir() if f.suffix.lower() in Image.registered_extensions()) \
-        if path.is_dir() else [path]
+    files = [path]
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() in Image.registered_extensions())
     if not files:
         raise UserError(f"no images in {path}")
+    stems = [file.stem for file in files]
     for file in files:
         image = to_pil(read_image(file, turn=True))
         original = image.height, image.width
         image.thumbnail((size, size), Image.Resampling.BILINEAR)
-        yield file.stem, torch.from_numpy(np.array(image)).permute(2, 0, 1), original
+        name = file.stem if stems.count(file.stem) == 1 else file.name         # a.jpg beside a.png
+        yield name, torch.from_numpy(np.array(image)).permute(2, 0, 1), None, original
+
+
+def images_of(data, count):
+    """The same of the first images of a data set, which keep their size."""
+    for i in range(min(count, len(data))):
+        image, label = data[i]
+        yield str(data.ids[i]), image, label if data.labelled else None, image.shape[1:]
 
 
 def parse_args(argv=None):
@@ -150,7 +160,7 @@ def parse_args(argv=None):
     add("--count", type=int, default=4, help="how many images of the data set (default: 4)")
     add("--image", metavar="FILE|DIR", help="your own image, or a folder of images, instead")
     add("--size", type=int, default=513, help="own images: longer side, in pixels (default: 513)")
-    add("--bases", help="bases to show: 3,17 or random (default: the four that hold the most pixels)")
+    add("--bases", help="bases to show, as in 3,17 (default: the four that hold the most pixels)")
     add("--out", metavar="DIR", help="output folder (default: pictures, beside the checkpoint)")
     add("--device", default="auto", help="auto (cuda, then mps, then cpu) or a torch device")
     args = parser.parse_args(argv)
@@ -162,23 +172,21 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     net, device = load_checkpoint(args.ckpt), pick_device(args.device)
+    out = Path(args.out or Path(args.ckpt).parent / "pictures")
     if args.image:
-        classes = net.data.get("classes") or class_names("voc")                # the released networks are VOC's
+        classes = net.trained_on.get("classes") or class_names("voc")          # the released networks are VOC's
         if len(classes) != net.config["num_classes"]:
             raise UserError(f"{args.ckpt} has {net.config['num_classes']} classes and does not say which")
-        items = ((name, image, None, original) for name, image, original in own_images(args.image, args.size))
+        if out.resolve() in (Path(args.image).resolve(), Path(args.image).resolve().parent):
+            raise UserError(f"--out {out} holds the images themselves: choose another folder, nothing is overwritten")
+        images = own_images(args.image, args.size)
     else:
         data = open_dataset(args, net)
-        classes = data.classes
-        items = ((str(data.ids[i]), image, label if data.labelled else None, image.shape[1:])
-                 for i in range(min(args.count, len(data))) for image, label in [data[i]])
+        classes, images = data.classes, images_of(data, args.count)
     net.to(device, memory_format=memory_format(device))
-    out = Path(args.out or Path(args.ckpt).parent / "pictures")
-    if args.image and out.resolve() in (Path(args.image).resolve(), Path(args.image).resolve().parent):
-        raise UserError(f"--out {out} holds the images themselves: choose another folder, or they may be overwritten")
     out.mkdir(parents=True, exist_ok=True)
-    seen = []
-    for name, image, label, original in items:
+    first = []                                                                 # for bases.png
+    for name, image, label, original in images:
         prediction, z = predict_with_bases(net, image.to(device))
         bases = choose_bases(args.bases, [z]) if z is not None else []
         maps = at_image_size(z[:, bases], image.shape[1:], net.config["output_stride"]) if bases else None
@@ -186,11 +194,11 @@ def main(argv=None):
         full = F.interpolate(prediction[None, None], tuple(original), mode="nearest-exact")[0, 0]  # (H, W)
         save_index_png(full.numpy(), out / f"{name}_prediction.png", palette_of(classes))
         print(f"wrote {out}/{name}.png and {name}_prediction.png", flush=True)
-        if z is not None and len(seen) < 8:
-            seen.append((name, image, z[-1:]))  # the last round is enough
-    if len(seen) > 1:
-        bases = choose_bases(args.bases, [z for _, _, z in seen])
-        bases_over_images(seen, bases, net.config["output_stride"]).save(out / "bases.png")
+        if z is not None and len(first) < 8:
+            first.append((name, image, z[-1:]))  # the last round is enough
+    if len(first) > 1:
+        bases = choose_bases(args.bases, [z for _, _, z in first])
+        bases_over_images(first, bases, net.config["output_stride"]).save(out / "bases.png")
         print(f"wrote {out}/bases.png: the same bases over these images")
 
 

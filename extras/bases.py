@@ -103,7 +103,7 @@ def main(argv=None):
     for path, net in zip(args.ckpt, nets, strict=True):
         if not isinstance(net.attention, EMAU):
             raise UserError(f"{path}: has attention {net.config['attention']}, without bases and EM rounds")
-    if not args.dataset and len(names := {net.data.get("dataset", "unknown") for net in nets}) > 1:
+    if not args.dataset and len(names := {net.trained_on.get("dataset", "unknown") for net in nets}) > 1:
         raise UserError(f"the checkpoints are of {' and '.join(sorted(names))}: --dataset says what to look at")
     data = [open_dataset(args, net) for net in nets][-1]             # opened for each: every class count has to fit
     if args.em_iterations and not data.labelled:

@@ -181,7 +181,7 @@ def test_torchrun_stops_with_all_saved(number, command, straight, tmp_path):
 
 @pytest.mark.parametrize("place, action", [
     ("train.training_step", "be killed"), ("train.training_step", "leave"), ("train.training_step", "fail"),
-    ("train.stop_signal", "be killed"), ("train.save_checkpoint", "be killed"), ("train.evaluate", "leave")])
+    ("train.signal_to_stop", "be killed"), ("train.save_checkpoint", "be killed"), ("train.evaluate", "leave")])
 def test_lost_process_ends_the_job(action, place, command, tmp_path):
     """One of two processes is killed, leaves or fails: the other ends in seconds, with a non-zero status."""
     rank = int(place != "train.save_checkpoint")              # rank 0 alone saves
@@ -202,7 +202,7 @@ def test_torchrun_brings_a_killed_run_back(command, straight, tmp_path):
     """torchrun --max-restarts: one process is killed; its first restart ends with the very weights, without help."""
     hook = "at_call('train.training_step', 4, 'be killed once', rank=1)"
     assert torchrun(tmp_path, command + " --workers 1", hook, "--max-restarts=1") == 0
-    assert "going on after iteration 2" in (tmp_path / "stdout").read_text()
+    assert "the checkpoint of iteration 2" in (tmp_path / "stdout").read_text()
     check_same_end(tmp_path / "run", straight(2))
 
 
@@ -589,7 +589,7 @@ def script(cwd, command, hook):
     evaluate.run({"train.py": train, "evaluate.py": evaluate}[sys.argv[0]].main)
 
 
-SMALL = {("folder", "paper"): train.RECIPES["folder", "paper"] | {"layers": 2, "output_stride": 8}}
+SMALL = {"folder": train.RECIPES["folder"] | {"layers": 2, "output_stride": 8}}
 
 
 def start(cwd, target, args, world=1, seconds=60):

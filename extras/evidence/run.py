@@ -133,7 +133,7 @@ def statistics_of_bases(path, data_root):
     net = load_checkpoint(path)
     if not isinstance(net.attention, EMAU):
         return {}
-    data = build_dataset(net.data["dataset"], data_root or "datasets")
+    data = build_dataset(net.trained_on["dataset"], data_root or "datasets")
     return {f"bases_{key}": round(v, 5) for key, v in mean_statistics(net, data, torch.device("cpu")).items()}
 
 
