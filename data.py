@@ -297,16 +297,16 @@ def read_label(path):
                 raw = np.array(image)  # (H, W)
                 if image.mode not in ("P", "L"):
                     raise UserError(f"{path}: a label holds class indices (palette or 8-bit gray), not {image.mode}")
+        if raw.dtype == np.uint8:
+            return raw
+        numbers = raw.astype(np.uint16)              # ids reach 459, and some tools write doubles
+        if (numbers != raw).any():
+            raise UserError(f"{path}: holds values that are no label numbers")
+        return numbers
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001 - Pillow and scipy raise many kinds for broken files
         raise UserError(f"{path}: cannot be read as a label ({first_line(error)}): unpack or fetch it again") from None
-    if raw.dtype == np.uint8:
-        return raw
-    whole = raw.astype(np.uint16)                    # ids reach 459, and some tools write doubles
-    if (whole != raw).any():
-        raise UserError(f"{path}: holds values that are no label numbers")
-    return whole
 
 
 def read_mat(path):
