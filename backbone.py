@@ -14,12 +14,12 @@ from torch import nn
 from torchvision import models
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
-# For every output stride: the strides of the last two layers and the dilations of their three or more blocks. A layer's
-# first block keeps the dilation of the layer before, as in torchvision. The others of layer4 are multi-grid, 2 and 4
-# times the layer's own 4, 2, 1 (Sec. 6.1; DeepLab's own rule would give 4, 8, 16, the released EMANet has 2, 8, 16).
-STRIDE3, STRIDE4 = {8: 1, 16: 2, 32: 2}, {8: 1, 16: 1, 32: 2}
-DILATION3 = {8: (1, 2), 16: (1, 1), 32: (1, 1)}                    # first block, all others
-DILATION4 = {8: (2, 8, 16), 16: (1, 4, 8), 32: (1, 2, 4)}
+# Output stride: layer3's stride, and the dilations of its first block and of the others; layer4's stride, and the
+# dilations of its blocks: multi-grid, 1, 2 and 4 times the layer's (Sec. 6.1), but the first as in the layer before.
+DILATION = {
+    8: ((1, 1, 2), (1, (2, 8, 16))),
+    16: ((2, 1, 1), (1, (1, 4, 8))),
+    32: ((2, 1, 1), (2, (1, 2, 4)))}
 
 
 class UserError(Exception):
@@ -59,7 +59,7 @@ class DilatedResNet(nn.Module):
                 self.load_state_dict({key: value for key, value in state.items() if not key.startswith("fc.")})
             except (RuntimeError, AttributeError) as error:
                 raise UserError(f"{self.weights_origin}: does not fit {name} with the {stem} stem: "
-                                f"{first_line(error)}") from None
+                                f"{brief(error)}") from None
         if layers == 2:
             self.layer3 = self.layer4 = nn.Identity()
             self.out_channels //= 4
@@ -80,9 +80,9 @@ class DilatedResNet(nn.Module):
             raise UserError(f"output stride {output_stride} is not one of {choices}")
         if choices == (8,):
             return
-        first, others = DILATION3[output_stride]
-        set_rates(self.layer3, STRIDE3[output_stride], [first] + [others] * (len(self.layer3) - 1))
-        set_rates(self.layer4, STRIDE4[output_stride], DILATION4[output_stride][:len(self.layer4)])
+        (stride3, first, others), (stride4, rates4) = DILATION[output_stride]
+        set_rates(self.layer3, stride3, [first] + [others] * (len(self.layer3) - 1))
+        set_rates(self.layer4, stride4, rates4[:len(self.layer4)])
 
 
 def set_rates(layer, stride, rates):
@@ -123,29 +123,29 @@ def read_weights(name, stem, weights):
             state = models.get_model_weights(name)[version].get_state_dict(progress=False, check_hash=True)
             return state, f"torchvision {name} {version}"
         except Exception as error:  # noqa: BLE001 - no such weights, no network, or a download damaged on its way
-            raise UserError(f"cannot get {version} of {name} ({first_line(error)}): fetch it elsewhere and give "
+            raise UserError(f"cannot get {version} of {name} ({brief(error)}): fetch it elsewhere and give "
                             "--weights FILE, or --weights none to start from scratch") from None
     path = Path(weights)
     if not path.is_file():
         raise UserError(f"no weights at {path}: --weights takes imagenet, imagenet-v2, none or a file")
-    # Published files carry the beginning of their hash: resnet101-2a57e44d.pth SHA-1, resnet101-63fe2227.pth SHA-256.
+    # The names of published files end in the first 8 digits of their SHA-1 (PyTorch-Encoding) or SHA-256 (torchvision).
     if promised := re.search(r"-([0-9a-f]{8})$", path.stem):
         content = path.read_bytes()
         if not any(h(content).hexdigest().startswith(promised[1]) for h in (hashlib.sha1, hashlib.sha256)):
             raise UserError(f"{path}: its hash does not begin with {promised[1]} as its name says: fetch it again; if "
                             "you saved it anew yourself, give it a name without a hash")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # noqa: BLE001 - torch raises many kinds for a file that is no weights file
-        raise UserError(f"{path}: not a file of weights that can be loaded safely: {first_line(error)}") from None
+        raise UserError(f"{path}: not a file of weights that can be loaded safely: {brief(error)}") from None
     found = "deep" if "conv1.0.weight" in state else "7x7"
     if found != stem:
         raise UserError(f"{path}: has the {found} stem, the network the {stem} one: add --stem {found}")
     return state, str(path)
 
 
-def first_line(error):
-    """The first words of a library's message that may run over many lines."""
+def brief(error):
+    """The beginning of a library's message, which may run over many lines."""
     if "weights_only" in str(error):                 # torch's advice there is to load it without protection: never
         return "it holds other things than tensors and plain values"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]

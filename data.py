@@ -17,7 +17,7 @@ from scipy.io import loadmat, whosmat
 from torch.utils.data import Dataset
 from torchvision.utils import draw_segmentation_masks
 
-from backbone import UserError, first_line
+from backbone import UserError, brief
 
 IGNORE = 255                      # label of pixels that count neither in training nor in evaluation
 ILLEGAL = 254                     # in a label table: a value that must not occur
@@ -72,7 +72,7 @@ def build_dataset(name, root="datasets", split=None, context_classes=59):
     (3, H, W), label uint8 (H, W), all 255 where there are no labels. UserError says what is missing.
 
     split: the name of a list of the data set; by default the one for validation.
-    context_classes: 59, or 60 to learn everything else as a class of its own (PASCAL Context only).
+    context_classes: for PASCAL Context, 60 to learn everything else as a class of its own, otherwise 59.
     """
     split, root = split or VAL_SPLIT.get(name, "val"), Path(root)
     if name in DRAWN:
@@ -235,8 +235,7 @@ def folder(root, split):
 
 # ---- Files
 def within(root, *places):
-    """The first of these places that exists below root. UserError tells where it is instead: archives get unpacked one
-    level too deep, or the wrong level named."""
+    """The first of these places that exists below root. If it lies one or two levels off, the UserError says where."""
     for place in places:
         if (root / place).exists():
             return root / place
@@ -284,7 +283,7 @@ def read_image(path, turn=False):
             pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))  # (H, W, 3)
             return torch.from_numpy(pixels).permute(2, 0, 1)  # (3, H, W)
     except Exception as error:  # noqa: BLE001 - Pillow raises many kinds for broken files
-        raise UserError(f"{path}: cannot be read as an image ({first_line(error)}): unpack or fetch it again") from None
+        raise UserError(f"{path}: cannot be read as an image ({brief(error)}): unpack or fetch it again") from None
 
 
 def read_label(path):
@@ -294,9 +293,10 @@ def read_label(path):
             raw = read_mat(path)  # (H, W)
         else:
             with Image.open(str(path)) as image:
-                raw = np.array(image)  # (H, W)
-                if image.mode not in ("P", "L"):
+                # Pillow would stretch gray of 2 or 4 bits, "L;2" and "L;4" in the file, to 0..255.
+                if image.mode not in ("P", "L") or image.tile[0][3] in ("L;2", "L;4"):
                     raise UserError(f"{path}: a label holds class indices (palette or 8-bit gray), not {image.mode}")
+                raw = np.array(image)  # (H, W)
         if raw.dtype == np.uint8:
             return raw
         numbers = raw.astype(np.uint16)              # ids reach 459, and some tools write doubles
@@ -306,7 +306,7 @@ def read_label(path):
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001 - Pillow and scipy raise many kinds for broken files
-        raise UserError(f"{path}: cannot be read as a label ({first_line(error)}): unpack or fetch it again") from None
+        raise UserError(f"{path}: cannot be read as a label ({brief(error)}): unpack or fetch it again") from None
 
 
 def read_mat(path):
@@ -338,9 +338,9 @@ class TrainView(Dataset):
         rng = np.random.default_rng((self.seed, iteration, index))
         image, label = self.data[index]  # (3, H, W), (H, W)
         scale, flip = rng.choice(self.data.scales), rng.random() < 0.5
-        # differs: the released code scales the whole image in floating point, then cuts the crop. Here the crop is cut
-        # first, crop / scale pixels of the source, and it alone is scaled, in uint8: faster, and the same distribution
-        # of crops but for the rounding of that length. Image and label share one grid; the released label lies off it.
+        # Cut crop / scale pixels out of the source, then scale that piece to the crop, in uint8.
+        # differs: the released code scales the whole image first, in floating point: slower, the same distribution but
+        # for the rounding of crop / scale. Image and label share one grid here; the released label lies off it.
         top, height, new_height = self.cut(rng, image.shape[1], scale)
         left, width, new_width = self.cut(rng, image.shape[2], scale)
         image = image[:, top:top + height, left:left + width]  # (3, height, width)
@@ -369,8 +369,8 @@ def nearest_pixels(length, out):
 
 
 class Schedule:
-    """The batches of a run, as a sampler: which (iteration, index) this process reads. A function of (seed, iteration)
-    and of nothing else, for a global batch cut into `world` processes times `accumulate` parts.
+    """Batch sampler: yields the lists of (iteration, index) that this process reads. The global batch, a function of
+    (seed, iteration) and of nothing else, is cut into `accumulate` parts, and each part shared by `world` processes.
 
     Iterations count from 0 here, from 1 in the log. An epoch is a fresh shuffle; what does not fill its last batch is
     left out. A batch of 16 with world 2 and accumulate 2: rank 0 reads its images 0, 2, 4, 6, then 8, 10, 12, 14.

@@ -19,9 +19,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from backbone import DilatedResNet, UserError, first_line
+from backbone import DilatedResNet, UserError, brief
 
-CHOICES = {  # of the options that are words
+CHOICES = {  # the values of the options that are strings
     "attention": ("emau", "nonlocal", "a2", "none"),
     "base_update": ("average", "backprop", "fixed"),
     "base_norm": ("l2", "layer", "none"),
@@ -71,8 +71,7 @@ class EMAU(nn.Module):
         residual = x
         x = self.pixels(x)  # (B, N, C)
         with torch.autocast(x.device.type, enabled=False):                     # sums over N pixels need float32
-            for z, mu in self.em(x):  # (B, N, K), (B, C, K)
-                pass                                                           # keeps those of the last round
+            *_, (z, mu) = self.em(x)  # (B, N, K), (B, C, K)  of the last round
             if self.training and self.base_update == "average":
                 self.update_bases(mu)
             x = z @ mu.transpose(1, 2)  # (B, N, C)  X~, re-estimation, Eq. 14
@@ -129,7 +128,7 @@ def at_least_float32(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-# ---- The relatives (Secs. 3.3, 5.4): drop-in blocks of the same shape, with the same output convolution, BN and sum
+# ---- The relatives (Secs. 3.3, 5.4): drop-in blocks of the same shape, which end with convolution, BN and sum as EMAU
 class NonLocal(nn.Module):
     """Non-local block (Eq. 9): every pixel is re-estimated from all N pixels, which serve as the bases. Costs N * N."""
     # differs: its authors' block pools the pixels, scales the scores, starts BN's gamma at 0, ends without ReLU.
@@ -160,11 +159,12 @@ class A2Block(nn.Module):
         self.out = nn.Sequential(nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels))
 
     def forward(self, x):  # (B, C, h, w)
-        gather = torch.softmax(self.theta(x).flatten(2), dim=2)  # (B, K, N)  over the pixels
-        bases = self.phi(x).flatten(2) @ gather.transpose(1, 2)  # (B, C, K)
-        distribute = torch.softmax(self.rho(x).flatten(2), dim=1)  # (B, K, N)  over the bases
-        y = (bases @ distribute).unflatten(2, x.shape[2:])  # (B, C, h, w)
-        return F.relu(x + self.out(y))  # (B, C, h, w)
+        values, gather, distribute = (at_least_float32(conv(x)).flatten(2)
+                                      for conv in (self.phi, self.theta, self.rho))  # (B, C, N), (B, K, N), (B, K, N)
+        with torch.autocast(x.device.type, enabled=False):                     # in float32, as EM is
+            bases = values @ torch.softmax(gather, dim=2).transpose(1, 2)  # (B, C, K)  means over the pixels
+            y = bases @ torch.softmax(distribute, dim=1)  # (B, C, N)  mixtures of the bases
+        return F.relu(x + self.out(y.unflatten(2, x.shape[2:])))  # (B, C, h, w)
 
 
 # ---- The network
@@ -182,14 +182,14 @@ class EMANet(nn.Module):
                  attention="emau", num_bases=64, em_iterations=3, lam=1.0, alpha=0.9, base_update="average",
                  base_norm="l2", gradient="none", decoder=False, bn_momentum=3e-4, layers=4):
         super().__init__()
-        # Every argument by its name; the weights come from the checkpoint next time.
+        # Every argument by its name but the weights, which a checkpoint brings itself.
         self.config = {key: value for key, value in locals().items() if key not in ("self", "__class__", "weights")}
         self.trained_on = {}                                                   # filled by load_checkpoint
         self.backbone = DilatedResNet(backbone, stem, weights, output_stride, layers)
         self.reduce = conv_bn_relu(self.backbone.out_channels, channels)
         self.decoder = nn.Sequential(*conv_bn_relu(channels, 256), nn.Dropout2d(0.1)) if decoder else nn.Identity()
         self.classifier = nn.Conv2d(256 if decoder else channels, num_classes, 1)
-        # The attention is built last: of one seed, networks that differ in it begin alike everywhere else.
+        # The attention is built last, so that for a given seed all other weights are the same whatever it is.
         if attention == "emau":
             self.attention = EMAU(channels, num_bases, em_iterations, lam, alpha, base_update, base_norm, gradient)
         elif attention == "nonlocal":
@@ -230,8 +230,8 @@ def conv_bn_relu(c_in, c_out):
 
 # ---- Checkpoints: plain dicts of tensors and Python values, so that they load without running code
 def save_checkpoint(checkpoint, path):
-    """Writes a checkpoint whole or not at all: to a temporary file beside it, to the disk, then renamed. UserError if
-    it cannot be written; what was there is untouched then."""
+    """Writes a checkpoint whole or not at all: to a temporary file, synced to the disk, then renamed. UserError if it
+    cannot be written; the previous file is intact then."""
     path = Path(path)
     temporary = path.with_suffix(".tmp")
     try:
@@ -241,14 +241,14 @@ def save_checkpoint(checkpoint, path):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:                                   # RuntimeError: torch's, on a full disk
-        raise UserError(f"cannot write {path} ({first_line(error)}): the file before it is whole; make room, "
+        raise UserError(f"cannot write {path} ({brief(error)}): the previous file is intact; make room, "
                         "then --resume auto continues") from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def read_checkpoint(path):
-    """Reads a checkpoint's dict onto the CPU, checking every byte of it; UserError if `path` holds no whole one."""
+    """Reads a checkpoint's dict onto the CPU after comparing its check sums. UserError: damaged, or no checkpoint."""
     if not Path(path).is_file():
         raise UserError(f"no checkpoint at {path}: train.py writes model.pth and last.pth into its --out folder")
     try:
@@ -259,8 +259,8 @@ def read_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)   # never unpickles code
         if not ("net" in checkpoint or {"model", "config"} <= checkpoint.keys()):
             raise ValueError("it needs the keys model and config, or net for a released one")
-    except Exception as error:  # noqa: BLE001 - a torn file makes torch and zipfile raise many kinds
-        raise UserError(f"{path}: damaged, or not a checkpoint: {first_line(error)}") from None
+    except Exception as error:  # noqa: BLE001 - a torn file can raise anything
+        raise UserError(f"{path}: damaged, or not a checkpoint: {brief(error)}") from None
     return checkpoint
 
 
@@ -279,8 +279,8 @@ def load_checkpoint(path):
             net = EMANet(**config["network"])
             net.trained_on = dict(config["data"])
         net.load_state_dict(state)
-    except Exception as error:  # noqa: BLE001 - a made-up config raises many kinds
-        raise UserError(f"{path}: does not fit the network it describes: {first_line(error)}") from None
+    except Exception as error:  # noqa: BLE001 - a bad config can raise anything
+        raise UserError(f"{path}: does not fit the network it describes: {brief(error)}") from None
     return net.eval()
 
 

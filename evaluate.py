@@ -20,12 +20,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-from backbone import UserError, first_line
+from backbone import UserError, brief
 from data import DATASETS, build_dataset, normalise, palette_of, save_index_png
 from ema import EMAU, load_checkpoint
 
 TIMEOUT = 600                                           # seconds until a process or worker that hangs ends the job
-MS_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)           # of two forks of the released code, which itself has none
+MS_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)           # of two forks of the released code; itself has none
 
 
 # ---- Prediction
@@ -157,17 +157,14 @@ def print_on_rank0(text):
 
 def pick_device(name="auto"):
     """torch.device for "auto" (cuda, then mps, then cpu) or a name. UserError if it is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    kind, _, index = name.partition(":")
-    count = {"cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available(), "cpu": 1}.get(kind, 0)
-    if not (index or "0").isdigit() or int(index or 0) >= count:
-        raise UserError(f"--device {name}: torch sees {int(count)} of that kind; --device cpu works anywhere")
-    return torch.device(name)
+    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    if name not in ("auto", *there, *(f"cuda:{i}" for i in range(torch.cuda.device_count()))):
+        raise UserError(f"--device {name}: torch sees {', '.join(there)} here")
+    return torch.device(there[0] if name == "auto" else name)
 
 
 def pick_amp(choice, device):
-    """bfloat16 where the hardware computes with it, else None. It needs no gradient scaler, as float16 would."""
+    """bfloat16 where the hardware supports it, else None. It needs no gradient scaler, as float16 would."""
     if choice == "auto" and device.type == "cuda":
         choice = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "off"
     if choice == "auto" and device.type == "cpu":
@@ -199,8 +196,7 @@ def run(main):
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     except torch.OutOfMemoryError as error:
-        sys.exit(f"error: the GPU's memory ran out ({first_line(error)}): --output-stride 16 needs less, in training "
-                 "--accumulate 2 and a smaller --crop as well")
+        sys.exit(f"error: the GPU's memory ran out ({brief(error)}): see README, Memory runs out")
 
 
 # ---- The script
@@ -212,7 +208,7 @@ def parse_args(argv=None):
     add("--data-root", default="datasets", help="folder that holds the data set (default: datasets)")
     add("--split", help="list of images to evaluate (default: the data set's for validation)")
     add("--ms-flip", action="store_true", help="six scales and their mirror images (paper: MS + Flip)")
-    add("--output-stride", type=int, help="8, 16 or 32 (default: the checkpoint's, 8 in the paper)")
+    add("--output-stride", type=int, choices=(8, 16, 32), help="(default: the checkpoint's, 8 in the paper)")
     add("--em-iterations", type=int, metavar="T", help="number of EM rounds (default: the checkpoint's)")
     add("--save-png", metavar="DIR", help="write the predictions there as index PNGs, original size")
     add("--amp", choices=("auto", "bf16", "off"), default="off", help="bfloat16 autocast: faster, mIoU moves in the "
@@ -230,7 +226,7 @@ def open_dataset(args, net):
     name, num_classes = args.dataset or net.trained_on.get("dataset"), net.config["num_classes"]
     if name not in DATASETS:
         raise UserError("the checkpoint does not say what it was trained on: add --dataset, e.g. --dataset voc")
-    data = build_dataset(name, args.data_root, args.split, 60 if num_classes == 60 else 59)
+    data = build_dataset(name, args.data_root, args.split, context_classes=num_classes)
     if len(data.classes) != num_classes:
         raise UserError(f"the checkpoint has {num_classes} classes, {name} has {len(data.classes)}: no comparison")
     if net.trained_on.get("classes", list(data.classes)) != list(data.classes):

@@ -27,7 +27,7 @@ import torchvision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from backbone import RESNETS, UserError, first_line
+from backbone import RESNETS, UserError, brief
 from data import DATASETS, IGNORE, Schedule, TrainView, build_dataset, normalise
 from ema import CHOICES, EMANet, load_checkpoint, read_checkpoint, save_checkpoint
 from evaluate import (
@@ -59,7 +59,7 @@ RECIPES = {
     "voc": PAPER,
     "context": PAPER | {"split": "train", "iters": 15000, "eval_every": 1500},
     "cocostuff": PAPER | {"split": "train", "output_stride": 8},
-    # The paper has no figure for the 164K release; twelve times the images get the iterations others give them.
+    # The paper has no figure for the 164K release: 80,000 iterations, as others use.
     "cocostuff164k": PAPER | {"split": "train", "output_stride": 8, "iters": 80000, "eval_every": 8000},
     # First of three stages for VOC's test server; the next ones are --dataset voc --init (README, Train).
     "coco2voc": PAPER | {"split": "train", "iters": 150000, "eval_every": 15000},
@@ -83,7 +83,7 @@ def parse_args(argv=None):
     add("--data-root", default="datasets", help="folder that holds the data set, see README (default: datasets)")
     add("--split", help="list of images to train on *")
     add("--context-classes", type=int, choices=(59, 60), default=59, help="PASCAL Context; 60 learns the rest as well")
-    add("--crop", type=int, metavar="PIXELS", help="side of the training crops, best output stride x k + 1 *")
+    add("--crop", type=int, metavar="PIXELS", help="side of the training crops, ideally k x output stride + 1 *")
     add("--workers", type=int, default=2, help="processes per GPU that decode images ahead (default: 2)")
     add = parser.add_argument_group("network").add_argument
     add("--backbone", choices=RESNETS, help="depth of the ResNet *")
@@ -103,9 +103,9 @@ def parse_args(argv=None):
     add("--base-norm", choices=CHOICES["base_norm"], default="l2", help="of the bases, Sec. 5.3 (default: l2)")
     add("--gradient", choices=CHOICES["gradient"], help="through EM: none as released, the last E-step's, or full *")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--recipe", choices=("paper", "released"), default="paper", help="released: those of the released code (voc)")
+    add("--recipe", choices=("paper", "released"), default="paper", help="released: for voc only (default: paper)")
     add("--batch-size", type=int, help="crops per iteration, over all processes together *")
-    add("--accumulate", type=int, default=1, help="parts of the batch when memory is short; BN sees parts (default: 1)")
+    add("--accumulate", type=int, default=1, help="steps to share a batch when memory is short; BN sees each alone")
     add("--iters", type=int, help="iterations *")
     add("--lr", type=float, help="learning rate at the start; falls as (1 - i / iters) ** 0.9 *")
     add("--seed", type=int, default=0, help="of initialisation, order, crops and dropout (default: 0)")
@@ -117,22 +117,13 @@ def parse_args(argv=None):
     add("--compile", action="store_true", help="torch.compile the training step")
     add("--device", default="auto", help="auto (cuda, then mps, then cpu) or a torch device")
     args = parser.parse_args(argv)
-    check_flags(args, parser)
-    follow_recipe(args)
-    return args
-
-
-def check_flags(args, parser):
-    """UserError for a number that cannot be, and for a setting of EMAU given to another attention."""
     for key, least in {"em_iterations": 1, "num_bases": 1, "channels": 2, "crop": 2, "batch_size": 1, "accumulate": 1,
-                       "iters": 1, "eval_every": 1, "seed": 0, "workers": 0}.items():
+                       "iters": 1, "eval_every": 1, "seed": 0, "workers": 0, "lr": 0, "lam": 0, "alpha": 0}.items():
         value = getattr(args, key)
         if value is not None and value < least:
             raise UserError(f"--{key.replace('_', '-')} {value}: must be at least {least}")
-    read = {"emau": NETWORK, "a2": ("num_bases",)}.get(args.attention, ())
-    for key in ("num_bases", "em_iterations", "lam", "alpha", "base_update", "base_norm", "gradient"):
-        if key not in read and getattr(args, key) != parser.get_default(key):
-            raise UserError(f"--{key.replace('_', '-')} is a setting of --attention emau, not of {args.attention}")
+    follow_recipe(args)
+    return args
 
 
 def follow_recipe(args):
@@ -143,8 +134,8 @@ def follow_recipe(args):
     for key, value in recipe.items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
-    # BN's running statistics are an average over about 1 / momentum iterations. The paper's 30,000 are nine times that
-    # for momentum 3e-4; a run shorter than its recipe keeps the nine, or what it began with would still count.
+    # BN's running statistics average over about 1 / momentum iterations, and begin far off. The paper's 30,000 are nine
+    # times that; a run shorter than its recipe gets nine as well, or it would be evaluated with half-initial ones.
     if args.iters < recipe["iters"]:
         args.bn_momentum = min(0.1, max(args.bn_momentum, 9 / args.iters))
     args.out = args.out or f"out/{args.dataset}"
@@ -239,7 +230,7 @@ def load_init(net, path):
     try:
         net.load_state_dict(state)
     except RuntimeError as error:
-        raise UserError(f"{path}: another network than the one asked for ({first_line(error)}): give the --backbone, "
+        raise UserError(f"{path}: another network than the one asked for ({brief(error)}): give the --backbone, "
                         "--stem, --channels ... it was made with") from None
 
 
@@ -248,10 +239,13 @@ def find_checkpoint(args):
     out, path = Path(args.out), None
     if args.resume:
         path = out / "last.pth" if args.resume == "auto" else Path(args.resume)
-    in_use = out.exists() and (not out.is_dir() or any(out.iterdir()))
-    if in_use and not (path and path.resolve().parent == out.resolve()):
-        raise UserError(f"{out} is not empty: --resume auto continues the run in it, --out DIR starts another")
-    if path is None or args.resume == "auto" and not path.exists():
+    begins = path is None or args.resume == "auto" and not path.exists()
+    if begins or path.resolve().parent != out.resolve():
+        # What a run leaves that was killed before its first checkpoint does not count.
+        ours = {"log.jsonl", "model.tmp", "last.tmp"} if args.resume else set()
+        if out.exists() and (not out.is_dir() or {file.name for file in out.iterdir()} - ours):
+            raise UserError(f"{out} is not empty: --resume auto continues the run in it, --out DIR starts another")
+    if begins:
         return None
     checkpoint = read_checkpoint(path)
     if "optimizer" not in checkpoint:
@@ -270,7 +264,7 @@ def check_same_run(config, checkpoint):
 
 
 def check_finite(losses, net, *, iteration, data, schedule):
-    """UserError if one of the losses (iterations,), of which `iteration` has the last, or a weight is not finite."""
+    """UserError if one of the losses (iterations,), the last that of `iteration`, or a weight is not finite."""
     bad = losses.isfinite().logical_not().nonzero().flatten().tolist()
     if not bad and all(p.isfinite().all() for p in net.parameters()):
         return
@@ -278,7 +272,7 @@ def check_finite(losses, net, *, iteration, data, schedule):
         iteration -= len(losses) - 1 - bad[0]                                  # the first of them
     images = ", ".join(str(i if data.endless else data.ids[i]) for i in schedule.indices(iteration - 1))
     raise UserError(f"the {'loss' if bad else 'update'} of iteration {iteration} is not finite (images {images}): "
-                    "lower --lr or look at these images; --resume auto continues from the last checkpoint")
+                    "look at these images, or start again with a lower --lr and another --out")
 
 
 SIGNALS = []                  # those that asked this process to stop
@@ -312,7 +306,7 @@ def write_log(path, **record):
     if rank_and_world()[0] == 0:
         try:
             with open(path, "a") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(json.dumps(record).replace("NaN", "null") + "\n")  # JSON has no nan
         except OSError as error:
             raise UserError(f"cannot write {path} ({error}): make room, then --resume auto continues") from None
 
@@ -329,6 +323,14 @@ def log_iterations(path, args, device, *, iteration, loss, lr, seconds, data_sec
 
 
 # ---- The script
+def validate_network(net, val, args, device, log, iteration):
+    net.set_output_stride(args.eval_output_stride)
+    result = evaluate(net, val, device, workers=args.workers)
+    net.set_output_stride(args.output_stride)
+    print_on_rank0(summary(val, result))
+    write_log(log, iteration=iteration, **{f"val_{key}": value for key, value in result.items()})
+
+
 def train(args):
     # processes
     device = init_distributed(args.device)
@@ -345,7 +347,7 @@ def train(args):
     data, val = build_datasets(args)
     checkpoint = find_checkpoint(args)
 
-    # network. Only rank 0 needs weights: DistributedDataParallel hands its to all.
+    # network. Only rank 0 needs weights: DistributedDataParallel broadcasts them.
     torch.manual_seed(args.seed)
     net = build_network(args, len(data.classes), "none" if checkpoint or args.init or rank else args.weights)
     config = {"network": net.config | {"output_stride": args.eval_output_stride},
@@ -365,10 +367,10 @@ def train(args):
 
     # optimiser, and where to continue
     optimizer = build_optimizer(net, args.lr)
-    start, best = 0, 0.0
+    start = 0
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
-        start, best = checkpoint["iteration"], checkpoint["best"]
+        start = checkpoint["iteration"]
     schedule = Schedule(data, args.batch_size, args.seed, range(start, args.iters), rank, world, args.accumulate)
     loader = iter(make_loader(TrainView(data, args.crop, args.seed), device, args.workers, batch_sampler=schedule))
 
@@ -383,7 +385,7 @@ def train(args):
     write_log(log, args=vars(args), machine=machine)
 
     log_every = max(1, min(50, args.iters // 50))
-    losses, waited, since = [], 0.0, time.time()                 # of the iterations that no log line has told yet
+    losses, waited, since = [], 0.0, time.time()                 # of the iterations since the last log line
     for iteration in range(start + 1, args.iters + 1):
         # step. Dropout's randomness is a function of (seed, iteration, rank), so that no state of it has to be saved.
         torch.manual_seed(int(np.random.SeedSequence((args.seed, iteration, rank)).generate_state(1)[0]))
@@ -407,24 +409,17 @@ def train(args):
                            seconds=(time.time() - since) / len(losses), data_seconds=waited / len(losses))
             losses, waited, since = [], 0.0, time.time()
 
-        # validate
-        if save and world > 1:             # plain BN's statistics differ between processes, a saved network has but one
+        # validate and save: every loss is in the log by now, so that nothing is left to save but this
+        if save and world > 1:                                   # plain BN's statistics differ: those of rank 0 count
             for buffer in net.buffers():
                 dist.broadcast(buffer, 0)
         if validate and val:
-            net.set_output_stride(args.eval_output_stride)
-            result = evaluate(net, val, device, workers=args.workers)
-            net.set_output_stride(args.output_stride)
-            best = max(best, result["miou"])
-            print_on_rank0(summary(val, result))
-            write_log(log, iteration=iteration, best=best, **{f"val_{key}": value for key, value in result.items()})
-
-        # save: every loss is in the log by now, and the validation done
-        if validate and rank == 0:
-            save_checkpoint({"model": net.state_dict(), "config": config}, out / "model.pth")
+            validate_network(net, val, args, device, log, iteration)
         if save and rank == 0:
-            save_checkpoint({"model": net.state_dict(), "config": config, "optimizer": optimizer.state_dict(),
-                             "iteration": iteration, "best": best}, out / "last.pth")
+            saved = {"model": net.state_dict(), "config": config}
+            if validate:
+                save_checkpoint(saved, out / "model.pth")                      # first: a resumed run writes it again
+            save_checkpoint(saved | {"optimizer": optimizer.state_dict(), "iteration": iteration}, out / "last.pth")
         if save:
             since = time.time()                                                # the next log line is about steps alone
         if stop and iteration < args.iters:

@@ -5,7 +5,7 @@
     python visualize.py --ckpt model.pth --bases 3,17                  # these two bases
 
 Writes to --out, per image, NAME.png (the picture) and NAME_prediction.png (class indices with a palette); for several
-images also bases.png, the same bases over all of them.
+images also bases.png: the same bases over the first eight (Fig. 5).
 
 Shapes: H x W pixels of one image, T iterations, K bases, h x w the feature map of the padded image.
 """
@@ -23,6 +23,7 @@ from ema import EMAU, load_checkpoint
 from evaluate import memory_format, open_dataset, pad, pick_device, run
 
 GAP, TEXT, WIDTH = 8, 13, 256           # pixels: space between panels, height of letters, width of a panel
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")       # of the images in a folder of your own
 HEAT = np.array([(8, 6, 24), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)])    # responsibility 0 .. max
 
 
@@ -54,7 +55,7 @@ def choose_bases(wanted, zs, count=4):
     hold the most pixels of all the images. (Fig. 5 shows random ones.)"""
     K = zs[0].shape[1]
     if wanted:
-        bases = [int(word) if word.strip().isdigit() else -1 for word in wanted.split(",")]
+        bases = [int(word) if word.strip().isdecimal() else -1 for word in wanted.split(",")]
         if not all(0 <= k < K for k in bases):
             raise UserError(f"--bases {wanted}: give numbers from 0 to {K - 1} with commas between them")
         return bases
@@ -74,7 +75,7 @@ def picture(image, label, prediction, maps, bases, classes):
         rows[0].insert(1, (overlay(image, label, palette), "label"))
     for n, k in enumerate(bases):
         top = maps[:, n].max().item()  # one scale per basis, so rounds compare
-        rows.append([(heat(m, top), f"basis {k}, t = {t}, brightest {top:.2f}") for t, m in enumerate(maps[:, n], 1)])
+        rows.append([(heat(m, top), f"basis {k}, t = {t}, 0 .. {top:.2f}") for t, m in enumerate(maps[:, n], 1)])
     return grid(rows)
 
 
@@ -131,7 +132,7 @@ def own_images(path, size):
     path = Path(path)
     files = [path]
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in Image.registered_extensions())
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
     if not files:
         raise UserError(f"no images in {path}")
     stems = [file.stem for file in files]
@@ -144,7 +145,7 @@ def own_images(path, size):
 
 
 def images_of(data, count):
-    """The same of the first images of a data set, which keep their size."""
+    """Yields name, image uint8 (3, H, W), label uint8 (H, W) or None, and (H, W) of a data set's first images."""
     for i in range(min(count, len(data))):
         image, label = data[i]
         yield str(data.ids[i]), image, label if data.labelled else None, image.shape[1:]
@@ -177,7 +178,8 @@ def main(argv=None):
         classes = net.trained_on.get("classes") or class_names("voc")          # the released networks are VOC's
         if len(classes) != net.config["num_classes"]:
             raise UserError(f"{args.ckpt} has {net.config['num_classes']} classes and does not say which")
-        if out.resolve() in (Path(args.image).resolve(), Path(args.image).resolve().parent):
+        image = Path(args.image).resolve()
+        if out.resolve() == (image if image.is_dir() else image.parent):
             raise UserError(f"--out {out} holds the images themselves: choose another folder, nothing is overwritten")
         images = own_images(args.image, args.size)
     else:
