@@ -243,6 +243,8 @@ def test_matrix_is_the_same_for_any_number_of_processes(folder, tmp_path):
 # Broken and hostile files: (data set, file, what it becomes, what the line must say)
 IMAGE, LABEL, LIST = "JPEGImages/train3.jpg", "SegmentationClass/train3.png", "ImageSets/Segmentation/train.txt"
 MAT, SIZE = "annotations/train3.mat", (40, 50)
+TWO_BITS = ("89504e470d0a1a0a0000000d494844520000000400000001020000000096e748b0"      # a PNG whose gray has two bits
+            "0000000a49444154789c63900600001d001c8ef4f5210000000049454e44ae426082")
 BROKEN = {
     "truncated JPEG": ("folder", IMAGE, "cut", r"JPEGImages/train3.jpg: cannot be read"),
     "empty image": ("folder", IMAGE, b"", r"train3.jpg: cannot be read"),
@@ -255,7 +257,7 @@ BROKEN = {
     "missing list": ("folder", LIST, "gone", r"no list .*train.txt; lists there: one, val"),
     "empty list": ("folder", LIST, b"\n", r"train.txt: empty list"),
     "list not in UTF-8": ("folder", LIST, b"\xff\xfe\x00", r"train.txt: not a text file"),
-    "list that climbs": ("folder", LIST, b"../../secret", r"no ../../secret.jpg in"),
+    "gray of two bits": ("folder", LABEL, bytes.fromhex(TWO_BITS), r"train3.png: .*8-bit gray"),
     "missing classes": ("folder", "classes.txt", "gone", r"no classes.txt in"),
     "another data set's .mat": ("cocostuff", MAT, {"LabelMap": np.full(SIZE, 200)}, r"train3.mat: label value 200"),
     ".mat without a label": ("cocostuff", MAT, {"X": np.ones(SIZE)}, r"train3.mat: no label in it"),
