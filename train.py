@@ -322,8 +322,8 @@ def log_iterations(path, args, device, *, iteration, loss, lr, seconds, data_sec
               memory_gb=memory)
 
 
-# ---- The script
 def validate_network(net, val, args, device, log, iteration):
+    """Evaluates at the recipe's output stride for it, prints the scores and logs them."""
     net.set_output_stride(args.eval_output_stride)
     result = evaluate(net, val, device, workers=args.workers)
     net.set_output_stride(args.output_stride)
@@ -331,6 +331,7 @@ def validate_network(net, val, args, device, log, iteration):
     write_log(log, iteration=iteration, **{f"val_{key}": value for key, value in result.items()})
 
 
+# ---- The script
 def train(args):
     # processes
     device = init_distributed(args.device)
@@ -397,9 +398,10 @@ def train(args):
         stop = signal_to_stop()
         validate = iteration % args.eval_every == 0 or iteration == args.iters
         save = stop or validate or iteration % SAVE_EVERY == 0
+        tell = save or iteration % log_every == 0
 
         # log
-        if save or iteration % log_every == 0:
+        if tell:
             losses = torch.stack(losses)  # (iterations,)
             if world > 1:
                 dist.all_reduce(losses)
@@ -407,7 +409,6 @@ def train(args):
             check_finite(losses, net, iteration=iteration, data=data, schedule=schedule)
             log_iterations(log, args, device, iteration=iteration, loss=losses.mean().item(), lr=lr,
                            seconds=(time.time() - since) / len(losses), data_seconds=waited / len(losses))
-            losses, waited, since = [], 0.0, time.time()
 
         # validate and save: every loss is in the log by now, so that nothing is left to save but this
         if save and world > 1:                                   # plain BN's statistics differ: those of rank 0 count
@@ -420,8 +421,8 @@ def train(args):
             if validate:
                 save_checkpoint(saved, out / "model.pth")                      # first: a resumed run writes it again
             save_checkpoint(saved | {"optimizer": optimizer.state_dict(), "iteration": iteration}, out / "last.pth")
-        if save:
-            since = time.time()                                                # the next log line is about steps alone
+        if tell:
+            losses, waited, since = [], 0.0, time.time()
         if stop and iteration < args.iters:
             print_on_rank0(f"stopped after iteration {iteration}, all saved: --resume auto continues")
             end_distributed()
