@@ -14,12 +14,6 @@ from torch import nn
 from torchvision import models
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
-# Output stride: layer3's stride, and the dilations of its first block and of the others; layer4's stride, and the
-# dilations of its blocks: multi-grid, 1, 2 and 4 times the layer's (Sec. 6.1), but the first as in the layer before.
-DILATION = {
-    8: ((1, 1, 2), (1, (2, 8, 16))),
-    16: ((2, 1, 1), (1, (1, 4, 8))),
-    32: ((2, 1, 1), (2, (1, 2, 4)))}
 
 
 class UserError(Exception):
@@ -80,9 +74,11 @@ class DilatedResNet(nn.Module):
             raise UserError(f"output stride {output_stride} is not one of {choices}")
         if choices == (8,):
             return
-        (stride3, first, others), (stride4, rates4) = DILATION[output_stride]
-        set_rates(self.layer3, stride3, [first] + [others] * (len(self.layer3) - 1))
-        set_rates(self.layer4, stride4, rates4[:len(self.layer4)])
+        # What a layer does not stride it dilates, but for its first block, which keeps the rate of the layer before (so
+        # does torchvision). layer4 is multi-grid: 1, 2, 4 times its rate (Sec. 6.1).
+        rate3, rate4 = {8: (2, 4), 16: (1, 2), 32: (1, 1)}[output_stride]
+        set_rates(self.layer3, 2 // rate3, [1] + [rate3] * (len(self.layer3) - 1))
+        set_rates(self.layer4, 2 * rate3 // rate4, [rate3, 2 * rate4, 4 * rate4][:len(self.layer4)])
 
 
 def set_rates(layer, stride, rates):

@@ -59,6 +59,8 @@ CONTEXT_IDS = (  # of those 59 among the 459 labels of trainval/*.mat; all other
     "2 23 25 31 34 45 59 65 72 98 397 113 207 258 284 308 347 368 416 427 9 18 22 33 44 46 68 80 85 104 115 144 158 "
     "159 162 187 189 220 232 259 260 105 296 355 295 324 326 349 354 360 366 19 415 420 424 440 445 454 458")
 COCO_REMOVED = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91)      # ids 1..182 that no pixel has: 171 are left
+COCO_CLASS = {i: c for c, i in enumerate(i for i in range(1, 183) if i not in COCO_REMOVED)} | {
+    i: IGNORE for i in COCO_REMOVED}                             # id -> class
 COCO_OF_VOC = (5, 2, 16, 9, 44, 6, 3, 17, 62, 21, 67, 18, 19, 4, 1, 64, 20, 63, 7, 72)    # COCO ids of VOC's 1..20
 
 
@@ -69,7 +71,7 @@ def class_names(name):
 # ---- Data sets: one function each, which says where the files are, and one table: raw label -> class -> ignored
 def build_dataset(name, root="datasets", split=None, context_classes=59):
     """The data set `name` in folder `root`, with `name`, `split`, `classes`, `ids`, `labelled`; items: image uint8
-    (3, H, W), label uint8 (H, W), all 255 where there are no labels. UserError says what is missing.
+    (3, H, W), label uint8 (H, W). An image without a label has one of 255s. UserError says what is missing.
 
     split: the name of a list of the data set; by default the one for validation.
     context_classes: for PASCAL Context, 60 to learn everything else as a class of its own, otherwise 59.
@@ -183,20 +185,11 @@ def context(root, split, num_classes):
     return Pairs("context", split, classes, ids, images, find_files(mats, ids, (".mat",)), label_table(table))
 
 
-def coco_table(shift):
-    """COCO-Stuff's 171 classes: ids 1..182 without the removed ones. A label file holds id - shift: shift 0 in the 10K
-    release, where 0 is unlabelled, 1 in the 164K release, where 255 is."""
-    kept = [i for i in range(1, 183) if i not in COCO_REMOVED]
-    table = {i - shift: IGNORE for i in COCO_REMOVED} | {i - shift: c for c, i in enumerate(kept)}
-    unlabelled = 255 if shift else 0
-    return table | {unlabelled: IGNORE}
-
-
 def cocostuff(root, split):
-    """COCO-Stuff 10K, version 1.1: images/, annotations/*.mat, imageLists/{train,test}.txt."""
+    """COCO-Stuff 10K, version 1.1: images/, annotations/*.mat, imageLists/{train,test}.txt. 0 is unlabelled."""
     ids = read_list(within(root, "imageLists") / f"{split}.txt")
     return Pairs("cocostuff", split, class_names("cocostuff"), ids, find_files(root / "images", ids, (".jpg",)),
-                 find_files(root / "annotations", ids, (".mat",)), label_table(coco_table(0)))
+                 find_files(root / "annotations", ids, (".mat",)), label_table(COCO_CLASS | {0: IGNORE}))
 
 
 def coco164k(name, root, split, classes, table):
@@ -213,7 +206,8 @@ def coco164k(name, root, split, classes, table):
 
 def cocostuff164k(root, split):
     """COCO-Stuff 164K: the label maps hold id - 1, and 255 where nothing is labelled."""
-    return coco164k("cocostuff164k", root, split, class_names("cocostuff"), coco_table(1))
+    table = {i - 1: c for i, c in COCO_CLASS.items()} | {255: IGNORE}
+    return coco164k("cocostuff164k", root, split, class_names("cocostuff"), table)
 
 
 def coco2voc(root, split):
@@ -273,7 +267,7 @@ def find_files(base, ids, suffixes):
 
 
 def read_image(path, turn=False):
-    """An image file as uint8 (3, H, W). turn: as its EXIF data says, which the labels of data sets never are."""
+    """An image file as uint8 (3, H, W). turn: apply the EXIF rotation, which labels do not follow."""
     try:
         with Image.open(str(path)) as image:
             if turn:
@@ -339,8 +333,8 @@ class TrainView(Dataset):
         image, label = self.data[index]  # (3, H, W), (H, W)
         scale, flip = rng.choice(self.data.scales), rng.random() < 0.5
         # Cut crop / scale pixels out of the source, then scale that piece to the crop, in uint8.
-        # differs: the released code scales the whole image first, in floating point: slower, the same distribution but
-        # for the rounding of crop / scale. Image and label share one grid here; the released label lies off it.
+        # differs: the released code scales the whole image first, in floating point: slower, the same distribution up
+        # to the rounding of crop / scale. There labels are slightly misaligned; here they share the image's grid.
         top, height, new_height = self.cut(rng, image.shape[1], scale)
         left, width, new_width = self.cut(rng, image.shape[2], scale)
         image = image[:, top:top + height, left:left + width]  # (3, height, width)
@@ -385,10 +379,8 @@ class Schedule:
 
     def __iter__(self):
         for iteration in self.iterations:
-            batch = [(iteration, int(i)) for i in self.indices(iteration)]
-            part_size = len(batch) // self.accumulate
-            for first in range(0, len(batch), part_size):
-                yield batch[first + self.rank:first + part_size:self.world]
+            for part in np.split(np.array(self.indices(iteration)), self.accumulate):
+                yield [(iteration, int(i)) for i in part[self.rank::self.world]]
 
     def indices(self, iteration):
         """The indices of the global batch of one iteration."""

@@ -47,9 +47,10 @@ class EMAU(nn.Module):
                  base_norm="l2", gradient="none"):
         super().__init__()
         for option, value in (("base_update", base_update), ("base_norm", base_norm), ("gradient", gradient)):
-            assert value in CHOICES[option], f"{option} {value!r}: choose one of {CHOICES[option]}"
+            if value not in CHOICES[option]:
+                raise ValueError(f"{option} {value!r}: choose one of {CHOICES[option]}")
         if base_update == "backprop" and gradient != "full":
-            raise UserError(f"bases kept by backprop need gradient full, not {gradient}: no other reaches mu^(0)")
+            raise UserError(f"bases kept by backprop need gradient full, not {gradient}")
         self.iterations, self.lam, self.alpha = iterations, lam, alpha
         self.base_update, self.base_norm, self.gradient = base_update, base_norm, gradient
         self.conv1 = nn.Conv2d(channels, channels, 1)         # no ReLU after it: inner products need both signs (5.1)
@@ -93,7 +94,7 @@ class EMAU(nn.Module):
             z = self.e_step(x, mu)  # (B, N, K)
             mu = self.m_step(x, z)  # (B, C, K)
             if self.gradient == "last":
-                mu = mu.detach()           # no gradient through M-steps: the loss reaches x by the last E-step alone
+                mu = mu.detach()           # no gradient through M-steps: x gets its own by the last E-step alone
             yield z, mu
 
     def e_step(self, x, mu):
@@ -113,7 +114,7 @@ class EMAU(nn.Module):
     @torch.no_grad()
     def update_bases(self, mu):
         """Moving average of mu^(0) (Eq. 15): the mean of mu^(T) over the global batch, then the momentum."""
-        # differs: the released code does this in its training loop, so that an EMAU elsewhere keeps its first bases.
+        # differs: the released code does this in its training loop, so that elsewhere its EMAU never updates them.
         mean = mu.mean(dim=0, keepdim=True)  # (1, C, K)
         if dist.is_available() and dist.is_initialized():
             # Averaged before the momentum: DistributedDataParallel hands rank 0's buffers to all, and the other
@@ -182,7 +183,7 @@ class EMANet(nn.Module):
                  attention="emau", num_bases=64, em_iterations=3, lam=1.0, alpha=0.9, base_update="average",
                  base_norm="l2", gradient="none", decoder=False, bn_momentum=3e-4, layers=4):
         super().__init__()
-        # Every argument by its name but the weights, which a checkpoint brings itself.
+        # Every argument but the weights, which a checkpoint brings itself. (super() leaves `__class__` there.)
         self.config = {key: value for key, value in locals().items() if key not in ("self", "__class__", "weights")}
         self.trained_on = {}                                                   # filled by load_checkpoint
         self.backbone = DilatedResNet(backbone, stem, weights, output_stride, layers)
@@ -191,7 +192,8 @@ class EMANet(nn.Module):
         self.classifier = nn.Conv2d(256 if decoder else channels, num_classes, 1)
         # The attention is built last, so that for a given seed all other weights are the same whatever it is.
         if attention == "emau":
-            self.attention = EMAU(channels, num_bases, em_iterations, lam, alpha, base_update, base_norm, gradient)
+            self.attention = EMAU(channels, num_bases, em_iterations, lam=lam, alpha=alpha, base_update=base_update,
+                                  base_norm=base_norm, gradient=gradient)
         elif attention == "nonlocal":
             self.attention = NonLocal(channels)
         elif attention == "a2":

@@ -25,7 +25,7 @@ from data import DATASETS, build_dataset, normalise, palette_of, save_index_png
 from ema import EMAU, load_checkpoint
 
 TIMEOUT = 600                                           # seconds until a process or worker that hangs ends the job
-MS_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)           # of two forks of the released code; itself has none
+MS_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)           # of two forks of the released code, which has none
 
 
 # ---- Prediction
@@ -69,13 +69,16 @@ def confusion_matrix(prediction, label, num_classes):
 def scores(confusion):
     """mIoU, pixel accuracy, mean accuracy (0..1), IoU and accuracy per class (L,) of a confusion matrix (L, L).
 
-    A class that occurs neither in the labels nor in the predictions has IoU nan and does not count in the mean.
+    A class that occurs neither in the labels nor in the predictions has IoU None and does not count in the mean.
     """
+    def numbers(values):                                         # JSON has no nan
+        return [None if math.isnan(value) else value for value in values.tolist()]
+
     confusion = confusion.cpu().double()
     hits, labelled, predicted = confusion.diag(), confusion.sum(1), confusion.sum(0)  # (L,) each
     iou = hits / (labelled + predicted - hits)  # (L,)
     return {"miou": iou.nanmean().item(), "pixacc": (hits.sum() / labelled.sum()).item(),
-            "macc": (hits / labelled).nanmean().item(), "iou": iou.tolist(), "acc": (hits / labelled).tolist()}
+            "macc": (hits / labelled).nanmean().item(), "iou": numbers(iou), "acc": numbers(hits / labelled)}
 
 
 @torch.no_grad()
@@ -101,7 +104,7 @@ def evaluate(net, data, device, *, ms_flip=False, amp=None, workers=2, save_png=
             save_index_png(prediction.cpu().numpy(), Path(save_png) / f"{data.ids[i]}.png", palette)
         if progress and time.time() - reported > 5:
             reported = time.time()
-            left = timedelta(seconds=int((reported - start) / (i + 1) * (len(data) - i - 1)))
+            left = timedelta(seconds=int((reported - start) / (i + 1) * (len(data) - i - 1)))      # all advance alike
             print_on_rank0(f"  {i + 1}/{len(data)} images | eta {left}")
     if world > 1:
         dist.all_reduce(confusion)
@@ -125,7 +128,7 @@ def init_distributed(device_name):
         raise UserError("several processes cannot share mps: use --device cpu, or one process")
     if device.type == "cuda":
         local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local >= count > 1:                           # where each process is shown one GPU, it is its own
+        if count > 1 and local >= count:                 # with 1, a launcher may show each process its own GPU
             raise UserError(f"there are {count} GPUs: torchrun --nproc_per_node={count} at most")
         device = torch.device("cuda", local % count)
         torch.cuda.set_device(device)
@@ -184,8 +187,8 @@ def make_loader(data, device, workers, **sampling):
 
 
 def ignore_group_signals(worker_id):
-    """Puts a worker into a process group of its own, which Ctrl-C and torchrun's SIGTERM do not reach: a run needs its
-    workers to finish the step."""
+    """Puts a worker into a process group of its own, which Ctrl-C and torchrun's SIGTERM do not reach: the run still
+    needs its workers to finish the step."""
     os.setpgrp()
 
 
@@ -257,7 +260,7 @@ def main(argv=None):
                       save_png=args.save_png, progress=True)
     if data.labelled:
         for name, iou in zip(data.classes, result["iou"], strict=True):
-            print_on_rank0(f"  {name:20s} " + ("     -  (does not occur)" if math.isnan(iou) else f"{100 * iou:6.2f}"))
+            print_on_rank0(f"  {name:20s} " + ("     -  (does not occur)" if iou is None else f"{100 * iou:6.2f}"))
         print_on_rank0(summary(data, result, args.ms_flip))
     else:
         print_on_rank0(f"wrote {len(data)} predictions to {args.save_png} (no labels to score them by)")

@@ -72,7 +72,7 @@ RELEASED = PAPER | {"output_stride": 8, "stem": "deep", "weights": "resnet101-2a
 NETWORK = ("backbone", "stem", "output_stride", "channels", "attention", "num_bases", "em_iterations", "lam", "alpha",
            "base_update", "base_norm", "gradient", "decoder", "bn_momentum", "layers")
 MAY_CHANGE = ("data_root", "workers", "device", "out", "resume", "eval_every", "compile")
-SAVE_EVERY = 1000             # iterations between two last.pth at most, however rare the validations are
+SAVE_EVERY = 1000             # iterations: last.pth is saved at least so often
 
 
 def parse_args(argv=None):
@@ -105,7 +105,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("optimisation").add_argument
     add("--recipe", choices=("paper", "released"), default="paper", help="released: for voc only (default: paper)")
     add("--batch-size", type=int, help="crops per iteration, over all processes together *")
-    add("--accumulate", type=int, default=1, help="steps to share a batch when memory is short; BN sees each alone")
+    add("--accumulate", type=int, default=1, help="backward passes per batch; BN sees one part at a time")
     add("--iters", type=int, help="iterations *")
     add("--lr", type=float, help="learning rate at the start; falls as (1 - i / iters) ** 0.9 *")
     add("--seed", type=int, default=0, help="of initialisation, order, crops and dropout (default: 0)")
@@ -214,7 +214,7 @@ def build_datasets(args):
 
 def build_network(args, num_classes, weights):
     settings = {key: getattr(args, key) for key in NETWORK}
-    # Of a batch in parts each part moves the running averages: by less, so that an iteration moves them as before.
+    # Each part of a batch moves the running averages, so each by less: an iteration then moves them as without parts.
     settings["alpha"] = args.alpha ** (1 / args.accumulate)
     settings["bn_momentum"] = 1 - (1 - args.bn_momentum) ** (1 / args.accumulate)
     return EMANet(num_classes, weights=weights, **settings)
@@ -241,8 +241,7 @@ def find_checkpoint(args):
         path = out / "last.pth" if args.resume == "auto" else Path(args.resume)
     begins = path is None or args.resume == "auto" and not path.exists()
     if begins or path.resolve().parent != out.resolve():
-        # What a run leaves that was killed before its first checkpoint does not count.
-        ours = {"log.jsonl", "model.tmp", "last.tmp"} if args.resume else set()
+        ours = {"log.jsonl", "last.tmp"} if args.resume else set()   # of a run killed before its first checkpoint
         if out.exists() and (not out.is_dir() or {file.name for file in out.iterdir()} - ours):
             raise UserError(f"{out} is not empty: --resume auto continues the run in it, --out DIR starts another")
     if begins:
@@ -259,8 +258,9 @@ def check_same_run(config, checkpoint):
         before = checkpoint["config"].get(part, {})
         for key, value in config[part].items():
             if before.get(key) != value:
-                raise UserError(f"the run was started with another {key.replace('_', '-')} ({before.get(key)}, not "
-                                f"{value}): keep it, or start another run with --out DIR")
+                was, now = str(before.get(key))[:60], str(value)[:60]
+                raise UserError(f"the run was started with another {key.replace('_', '-')} ({was}, not {now}): keep it, "
+                                "or start another run with --out DIR")
 
 
 def check_finite(losses, net, *, iteration, data, schedule):
@@ -279,7 +279,7 @@ SIGNALS = []                  # those that asked this process to stop
 
 
 def ask_to_stop(number, frame):
-    """The first Ctrl-C or SIGTERM: stop after this iteration, with everything saved. A second one ends at once."""
+    """The first Ctrl-C or SIGTERM: stop after this iteration (and its validation), all saved. A second one kills."""
     SIGNALS.append(number)
     signal.signal(number, signal.SIG_DFL)
 
@@ -292,7 +292,7 @@ def signal_to_stop():
     return number.item()
 
 
-# ---- What a run tells
+# ---- Logging
 def print_header(args, data, val, weights, machine):
     """What one needs to know to compare a run with the paper, or to repeat it."""
     print_on_rank0("settings " + " ".join(f"{key}={value}" for key, value in vars(args).items()))
@@ -306,7 +306,7 @@ def write_log(path, **record):
     if rank_and_world()[0] == 0:
         try:
             with open(path, "a") as file:
-                file.write(json.dumps(record).replace("NaN", "null") + "\n")  # JSON has no nan
+                file.write(json.dumps(record) + "\n")
         except OSError as error:
             raise UserError(f"cannot write {path} ({error}): make room, then --resume auto continues") from None
 
@@ -382,6 +382,8 @@ def train(args):
     machine = f"{world} x {torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type}, " \
               f"{'bfloat16' if amp else 'float32'}, torch {torch.__version__}, torchvision {torchvision.__version__}"
     weights = f"the checkpoint of iteration {start}" if checkpoint else args.init or net.backbone.weights_origin
+    if checkpoint and rank == 0 and (start % args.eval_every == 0 or start == args.iters):
+        save_checkpoint({"model": net.state_dict(), "config": config}, out / "model.pth")      # killed just before it?
     print_header(args, data, val, weights, machine)
     write_log(log, args=vars(args), machine=machine)
 
@@ -398,10 +400,10 @@ def train(args):
         stop = signal_to_stop()
         validate = iteration % args.eval_every == 0 or iteration == args.iters
         save = stop or validate or iteration % SAVE_EVERY == 0
-        tell = save or iteration % log_every == 0
+        log_now = save or iteration % log_every == 0
 
         # log
-        if tell:
+        if log_now:
             losses = torch.stack(losses)  # (iterations,)
             if world > 1:
                 dist.all_reduce(losses)
@@ -410,7 +412,7 @@ def train(args):
             log_iterations(log, args, device, iteration=iteration, loss=losses.mean().item(), lr=lr,
                            seconds=(time.time() - since) / len(losses), data_seconds=waited / len(losses))
 
-        # validate and save: every loss is in the log by now, so that nothing is left to save but this
+        # validate and save
         if save and world > 1:                                   # plain BN's statistics differ: those of rank 0 count
             for buffer in net.buffers():
                 dist.broadcast(buffer, 0)
@@ -418,10 +420,10 @@ def train(args):
             validate_network(net, val, args, device, log, iteration)
         if save and rank == 0:
             saved = {"model": net.state_dict(), "config": config}
-            if validate:
-                save_checkpoint(saved, out / "model.pth")                      # first: a resumed run writes it again
             save_checkpoint(saved | {"optimizer": optimizer.state_dict(), "iteration": iteration}, out / "last.pth")
-        if tell:
+            if validate:
+                save_checkpoint(saved, out / "model.pth")
+        if log_now:
             losses, waited, since = [], 0.0, time.time()
         if stop and iteration < args.iters:
             print_on_rank0(f"stopped after iteration {iteration}, all saved: --resume auto continues")

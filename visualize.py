@@ -45,7 +45,7 @@ def predict_with_bases(net, image):
 
 
 def at_image_size(maps, size, stride):
-    """M maps (B, M, h, w) of a padded image, brought to its size as the logits are, then cut: (B, M, H, W)."""
+    """M maps (B, M, h, w) of a padded image, upsampled and cropped as the logits are: (B, M, H, W)."""
     padded = [stride * (side - 1) + 1 for side in maps.shape[2:]]
     return F.interpolate(maps, padded, mode="bilinear", align_corners=True)[:, :, :size[0], :size[1]]
 
@@ -190,7 +190,7 @@ def main(argv=None):
     first = []                                                                 # for bases.png
     for name, image, label, original in images:
         prediction, z = predict_with_bases(net, image.to(device))
-        bases = choose_bases(args.bases, [z]) if z is not None else []
+        bases = choose_bases(args.bases, [z]) if z is not None else []         # its own; bases.png has those of all
         maps = at_image_size(z[:, bases], image.shape[1:], net.config["output_stride"]) if bases else None
         picture(image, label, prediction, maps, bases, classes).save(out / f"{name}.png")
         full = F.interpolate(prediction[None, None], tuple(original), mode="nearest-exact")[0, 0]  # (H, W)

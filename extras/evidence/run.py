@@ -122,7 +122,7 @@ def train(name, arm, seed, data_root, weights):
             "seconds": round(time.time() - begun), "loss": [round(r["loss"], 4) for r in records if "loss" in r][::5],
             "val_miou": round(last["val_miou"], 5), "val_pixacc": round(last["val_pixacc"], 5),
             **statistics_of_bases(out / "model.pth", data_root),
-            "acc": [round(v, 5) for v in last["val_acc"]], "iou": [round(v, 5) for v in last["val_iou"]]}
+            **{key: [v and round(v, 5) for v in last[f"val_{key}"]] for key in ("acc", "iou")}}
     with open(HERE / f"{name}.jsonl", "a") as file:
         file.write(json.dumps(line) + "\n")
     print(f"{name} {arm} {seed}: {score(name, line):.2f}, {line['seconds']} s", flush=True)
