@@ -215,8 +215,7 @@ def test_lost_worker_ends_the_run(place, call, action, command, tmp_path):
 
 @pytest.mark.parametrize("world", [1, pytest.param(2, marks=slow)])
 def test_loss_that_is_not_finite_stops_the_run(world, command, straight, folder, tmp_path):
-    """A loss that is not finite, on whichever process: all stop with a line that names iteration and images; going on
-    from the last checkpoint gives what an undisturbed run gives."""
+    """A loss that is not finite stops all processes with a line that names iteration and images; nothing is lost."""
     pairs = build_dataset("folder", folder, "train")
     images = ", ".join(pairs.ids[i] for i in Schedule(pairs, 2, 0, range(8)).indices(3))
     results = launch(tmp_path, command, partial(at_call, "train.normalise", 4, "give nan", rank=world - 1), world)
