@@ -130,13 +130,14 @@ def test_bases_are_kept_as_told(base_update):
     assert torch.equal(unit.mu, before) == (base_update == "fixed")
 
 
-@pytest.mark.parametrize("block", [partial(EMAU, num_bases=16), NonLocal])
+@pytest.mark.parametrize("block", [partial(EMAU, num_bases=16), NonLocal, A2Block])
 def test_sums_over_pixels_stay_in_float32_under_autocast(block, monkeypatch):
-    """Eqs. 9 and 12-15: sums over thousands of pixels are in float32, whatever the precision around, mu^(0) as well."""
+    """Eqs. 9, 12-16: sums over thousands of pixels are in float32, whatever the precision around; mu^(0), logits too."""
     found, unit = [], block(32).train()
     spy(monkeypatch, torch, "softmax", lambda x, dim: found.append(x.dtype))
     with torch.autocast("cpu", torch.bfloat16):
         unit(torch.randn(2, 32, 20, 20))
+        assert small_net().eval().head(torch.randn(1, 16, 9, 9)).dtype == torch.float32
     assert set(found) == {torch.float32} and getattr(unit, "mu", torch.zeros(1)).dtype == torch.float32
 
 
@@ -197,12 +198,13 @@ def test_non_local_is_the_re_estimation_from_all_pixels():
 def test_a2_block_gathers_and_distributes():
     """Eq. 16: K means of phi(x), weighted by a softmax over the pixels; a pixel gets its own softmax over them."""
     torch.manual_seed(0)
-    block, x = A2Block(6, 5).double().eval(), torch.randn(2, 6, 4, 5).double()
+    block = small_net(attention="a2", channels=6, num_bases=3).attention.double().eval()
+    x = torch.randn(2, 6, 4, 5).double()
     phi, theta, rho = (conv(x).flatten(2) for conv in (block.phi, block.theta, block.rho))      # (B, ., N)
     gather = theta.exp() / theta.exp().sum(2, keepdim=True)
     distribute = rho.exp() / rho.exp().sum(1, keepdim=True)
     y = torch.einsum("bkn,bkm,bcm->bcn", distribute, gather, phi).view_as(x)
-    assert torch.allclose(block(x), F.relu(x + block.out(y)), rtol=0, atol=1e-12)
+    assert torch.allclose(block(x), F.relu(x + block.out(y)), rtol=0, atol=1e-12) and gather.shape == (2, 3, 20)
 
 
 # ---- Sec. 6.1: the network
@@ -327,6 +329,9 @@ def test_voc_is_read_as_it_is_distributed(tmp_path):
             assert np.array_equal(image.permute(1, 2, 0), Image.open(base / f"JPEGImages/{voc.ids[i]}.jpg"))
             assert np.array_equal(label, np.roll(raw, first + i))
     assert (voc.classes[0], voc.classes[15], voc.classes[20]) == ("background", "person", "tvmonitor")
+    Image.fromarray(raw_label([0, 21])).save(base / f"SegmentationClass/{IDS[2]}.png")
+    with pytest.raises(UserError, match="value 21 does not occur in voc"):
+        voc[0]
 
 
 @pytest.mark.parametrize("place", ["benchmark_RELEASE/dataset", "VOCaug/dataset", "VOCdevkit/VOCaug/dataset", "."])
@@ -430,13 +435,6 @@ def test_index_png_has_vocs_colours(tmp_path):
     # Black is for a background alone; over an image, ignored pixels keep the image's colour.
     grey, label = torch.full((3, 1, 2), 100).byte(), torch.tensor([[0, 255]]).byte()
     assert np.array(data.overlay(grey, label, data.palette_of(["sky"]), 1.0)).tolist() == [[[128, 0, 0], [100] * 3]]
-
-
-def test_pixels_are_normalised_as_imagenet_s():
-    """Sec. 6.1: red, green, blue, in this order, less 0.485, 0.456, 0.406, divided by 0.229, 0.224, 0.225."""
-    images = torch.randint(0, 256, (2, 3, 4, 5), dtype=torch.uint8)
-    mean, std = (np.array(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    assert np.allclose(data.normalise(images), (images.numpy() / 255 - mean) / std, rtol=0, atol=1e-5)
 
 
 # ---- Sec. 6.1: the training view, and the order of the images
@@ -718,7 +716,7 @@ def test_metric_by_hand():
 
 @pytest.mark.parametrize("size, stride", [((41, 57), 8), ((38, 30), 8), ((38, 45), 16), ((70, 38), 32)])
 def test_prediction_follows_the_protocol(size, stride):
-    """Sec. 6.1: whole images, padded right and below with 0 to S k + 1; --ms-flip sums over six scales, mirrored."""
+    """Sec. 6.1: whole images, ImageNet's mean and deviation, padded with 0 to S k + 1; six scales and their mirrors."""
     net, image = small_net(output_stride=stride).eval(), torch.from_numpy(picture(size)).permute(2, 0, 1)
     mean, std = (255 * torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     resize, logits = partial(F.interpolate, mode="bilinear", align_corners=True), {}
@@ -818,6 +816,7 @@ def test_bases_shown_by_default_are_the_fullest():
     for base, columns in {5: [0, 2, 3, 6], 0: [1, 5, 9], 6: [4, 8], 2: [7]}.items():
         z[2, base, :, columns] += 1
     assert visualize.choose_bases(None, [z]) == [5, 0, 6, 2]
+    assert np.array(visualize.heat(torch.tensor([[0, 0.1]]), 0.1)).tolist() == [[[8, 6, 24], [252, 255, 164]]]
 
 
 def test_pictures_of_own_images(tiny, tmp_path):
@@ -835,8 +834,8 @@ def test_pictures_of_own_images(tiny, tmp_path):
     rows, columns = (((np.arange(n) + 0.5) * m / n).astype(int) for n, m in zip((90, 60), classes.shape, strict=True))
     drawn = np.array(Image.open(tmp_path / "out/turned_prediction.png"))
     assert len(np.unique(classes)) > 1 and np.array_equal(drawn, classes[rows][:, columns])
-    shutil.copy(tmp_path / "photos/turned.png", tmp_path / "photos/turned.jpg")
-    assert "turned.jpg.png and" in command(visualize, f"{line} --out {tmp_path}/two")              # none overwritten
+    shutil.copy(tmp_path / "photos/turned.png", tmp_path / "photos/turned.JPG")
+    assert "turned.JPG.png and" in command(visualize, f"{line} --out {tmp_path}/two")              # none overwritten
     fail(visualize, f"{line} --out {tmp_path}/photos", "--out", "photos")      # they would be overwritten
 
 
@@ -1054,7 +1053,7 @@ def folder_root(tmp_path_factory):
     (root / "classes.txt").write_text("road\nhouse boat\ntree\nsky\n")
     for split, count in {"train": 7, "val": 5}.items():
         names = [f"{split} {i}" if i == 4 else f"{split}_{i}" for i in range(count)]           # names may have spaces
-        made(root / f"ImageSets/Segmentation/{split}.txt").write_text("\n".join(names))
+        made(root / f"ImageSets/Segmentation/{split}.txt").write_text("\n".join(names), encoding="utf-8-sig")
         for i, name in enumerate(names):
             size, suffix = [(41, 56), (60, 48), (57, 41), (33, 64)][i % 4], (".jpg", ".png", ".jpeg")[i % 3]
             label = np.random.default_rng(i).choice([0, 1, 2, 3, 255], size).astype(np.uint8)
