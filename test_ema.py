@@ -799,11 +799,12 @@ def test_maps_are_the_responsibilities_of_the_prediction():
 def test_pictures_of_a_data_set(trained, tiny, folder_root, tmp_path):
     """Fig. 5: one picture for each image of a data set, and the prediction as an index PNG as evaluate.py writes it."""
     line = f"--ckpt {trained}/model.pth --data-root {folder_root}"
-    command(visualize, f"{line} --count 2 --bases 7,3 --out {tmp_path}/pictures")
+    command(visualize, f"{line} --count 6 --bases 7,3 --out {tmp_path}/pictures")
     command(evaluate, f"{line} --workers 0 --save-png {tmp_path}/png")
+    names = ("val_0", "val_1", "val_2", "val_3", "val 4")
     assert {path.name for path in (tmp_path / "pictures").iterdir()} == {
-        "bases.png", "val_0.png", "val_1.png", "val_0_prediction.png", "val_1_prediction.png"}
-    for name in ("val_0", "val_1"):
+        "bases.png", *(f"{name}{end}.png" for name in names for end in ("", "_prediction"))}
+    for name in names:
         drawn = (tmp_path / f"pictures/{name}_prediction.png").read_bytes()
         assert drawn == (tmp_path / f"png/{name}.png").read_bytes()
     for bases in ("64", "-1", "x", "1,,2"):
