@@ -88,8 +88,7 @@ class EMAU(nn.Module):
         network takes the last, visualize.py all."""
         if self.gradient == "none":
             x = x.detach()                                                     # EM is a constant to the backward pass
-        # A copy for every image, as update_bases changes `mu` in place while the graph of a full gradient is alive.
-        mu = self.mu.to(x.dtype).repeat(x.shape[0], 1, 1)  # (B, C, K)
+        mu = self.mu.to(x.dtype).expand(x.shape[0], -1, -1)  # (B, C, K)
         for _ in range(self.iterations):
             z = self.e_step(x, mu)  # (B, N, K)
             mu = self.m_step(x, z)  # (B, C, K)

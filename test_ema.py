@@ -328,7 +328,9 @@ def test_voc_is_read_as_it_is_distributed(tmp_path):
             assert image.dtype == label.dtype == torch.uint8
             assert np.array_equal(image.permute(1, 2, 0), Image.open(base / f"JPEGImages/{voc.ids[i]}.jpg"))
             assert np.array_equal(label, np.roll(raw, first + i))
-    assert (voc.classes[0], voc.classes[15], voc.classes[20]) == ("background", "person", "tvmonitor")
+    assert " ".join(voc.classes) == (
+        "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
+        "pottedplant sheep sofa train tvmonitor")
     Image.fromarray(raw_label([0, 21])).save(base / f"SegmentationClass/{IDS[2]}.png")
     with pytest.raises(UserError, match="value 21 does not occur in voc"):
         voc[0]
