@@ -328,7 +328,7 @@ def test_voc_is_read_as_it_is_distributed(tmp_path):
             assert image.dtype == label.dtype == torch.uint8
             assert np.array_equal(image.permute(1, 2, 0), Image.open(base / f"JPEGImages/{voc.ids[i]}.jpg"))
             assert np.array_equal(label, np.roll(raw, first + i))
-    assert " ".join(voc.classes) == (
+    assert build_dataset("voc", tmp_path, "trainval").labelled and " ".join(voc.classes) == (
         "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
         "pottedplant sheep sofa train tvmonitor")
     Image.fromarray(raw_label([0, 21])).save(base / f"SegmentationClass/{IDS[2]}.png")
@@ -782,6 +782,7 @@ def test_predictions_for_the_test_server(tiny, tmp_path):
     fail(evaluate, line, "no labels", "--save-png")
     assert "2 predictions" in command(evaluate, f"{line} --save-png {tmp_path}/png")
     assert {path.stem for path in (tmp_path / "png").iterdir()} == set(IDS[2:])
+    assert (build_dataset("voc", tmp_path, "test")[0][1] == 255).all()
 
 
 # ---- Sec. 6.5: pictures
@@ -846,14 +847,13 @@ def test_pictures_of_own_images(tiny, tmp_path):
 def test_scripts_work_together(folder_root, tmp_path):
     """As processes: torchrun trains in two of them, evaluate.py repeats the last validation, visualize.py draws."""
     torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2"
-    out = process(tmp_path, f"{torchrun} {HERE}/train.py {TRAIN} --iters 2 --data-root {folder_root}")
+    out = printed_by_python(tmp_path, f"{torchrun} {HERE}/train.py {TRAIN} --iters 2 --data-root {folder_root}")
     assert "2 x cpu" in out and out.count("iter      2/2") == 1 and "random (no ImageNet weights)" in out
     line = f"evaluate.py --ckpt out/folder/model.pth --data-root {folder_root}"
     assert line in out
-    printed = process(tmp_path, f"{HERE}/{line}")
+    printed = printed_by_python(tmp_path, f"{HERE}/{line}")
     assert f"eval folder val ss | {validation(tmp_path / 'out/folder')} | 5 images" in printed
-    process(tmp_path, f"{HERE}/{line.replace('evaluate', 'visualize')} --count 1")
-    assert (tmp_path / "out/folder/pictures/val_0.png").exists()
+    printed_by_python(tmp_path, f"{HERE}/{line.replace('evaluate', 'visualize')} --count 1")
 
 
 def test_user_errors_are_one_line(tmp_path):
@@ -869,6 +869,7 @@ def test_drawn_data_need_no_files(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     out = command(train, "--iters 2 --crop 33 --batch-size 2 --workers 0")
     assert "scenes train: endless images, 9 classes; validation: 64" in out
+    assert not torch.equal(build_dataset("scenes", split="train")[0][0], build_dataset("scenes", split="val")[0][0])
     printed = command(evaluate, "--ckpt out/scenes/model.pth --workers 0")
     assert f"eval scenes val ss | {validation(tmp_path / 'out/scenes')} | 64 images" in printed
 
@@ -1027,7 +1028,7 @@ def write_release(name, root, raw):
             if name == "voc":                                 # colours do not matter, but they are not their indices
                 label.putpalette(np.random.default_rng(0).integers(0, 256, 768, np.uint8).tobytes())
             label.save(f"{path}.png")
-    for split, ids in {"train": IDS[:2], "val": IDS[2:], "test": IDS[2:]}.items():
+    for split, ids in {"train": IDS[:2], "val": IDS[2:], "test": IDS[2:], "trainval": IDS}.items():
         made(root / lists / f"{split}.txt").write_text("\n".join(ids))
     return root
 
@@ -1126,8 +1127,7 @@ def fail(script, line, *words):
     assert "\n" not in str(error.value) and all(word in str(error.value) for word in words), error.value
 
 
-def process(cwd, line):
-    """What `python LINE` prints."""
+def printed_by_python(cwd, line):
     return subprocess.check_output([sys.executable, *line.split()], cwd=cwd, text=True, timeout=120)
 
 
