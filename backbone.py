@@ -39,8 +39,7 @@ class DilatedResNet(nn.Module):
     def __init__(self, name="resnet101", stem="7x7", weights="none", output_stride=8, layers=4):
         super().__init__()
         if name not in RESNETS or stem not in ("7x7", "deep"):
-            raise UserError(f"backbone {name!r} with stem {stem!r} is unknown: choose one of {', '.join(RESNETS)} "
-                            "and 7x7 or deep")
+            raise ValueError(f"backbone {name!r}, stem {stem!r}: choose one of {RESNETS}, and 7x7 or deep")
         net = getattr(models, name)()
         if stem == "deep":
             deepen_stem(net)

@@ -29,7 +29,7 @@ DATASETS = (*DRAWN, "voc", "context", "cocostuff", "cocostuff164k", "coco2voc", 
 VAL_SPLIT = {"cocostuff": "test"}                                 # what others call val
 README = "is --data-root right? (README, Data)"                   # how messages about missing files end
 
-CLASSES = {  # names in the order of the class indices
+CLASSES = {name: names.split(", ") for name, names in {  # names in the order of the class indices
     "voc": "background, aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, diningtable, dog, horse, "
            "motorbike, person, pottedplant, sheep, sofa, train, tvmonitor",
     "context": (  # the order of the release's 59_labels.txt
@@ -54,7 +54,7 @@ CLASSES = {  # names in the order of the class indices
         "road, rock, roof, rug, salad, sand, sea, shelf, sky-other, skyscraper, snow, solid-other, stairs, stone, "
         "straw, structural-other, table, tent, textile-other, towel, tree, vegetable, wall-brick, wall-concrete, "
         "wall-other, wall-panel, wall-stone, wall-tile, wall-wood, water-other, waterdrops, window-blind, "
-        "window-other, wood")}
+        "window-other, wood")}.items()}
 CONTEXT_IDS = (  # of those 59 among the 459 labels of trainval/*.mat; all others are "other"
     "2 23 25 31 34 45 59 65 72 98 397 113 207 258 284 308 347 368 416 427 9 18 22 33 44 46 68 80 85 104 115 144 158 "
     "159 162 187 189 220 232 259 260 105 296 355 295 324 326 349 354 360 366 19 415 420 424 440 445 454 458")
@@ -62,10 +62,6 @@ COCO_REMOVED = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91)      # ids 1..182 th
 COCO_CLASS = {i: c for c, i in enumerate(i for i in range(1, 183) if i not in COCO_REMOVED)} | {
     i: IGNORE for i in COCO_REMOVED}                             # id -> class
 COCO_OF_VOC = (5, 2, 16, 9, 44, 6, 3, 17, 62, 21, 67, 18, 19, 4, 1, 64, 20, 63, 7, 72)    # COCO ids of VOC's 1..20
-
-
-def class_names(name):
-    return CLASSES[name].split(", ")
 
 
 # ---- Data sets: one function each, which says where the files are, and one table: raw label -> class -> ignored
@@ -168,7 +164,7 @@ def voc(root, split):
         labels = find_files(base / "SegmentationClass", ids, (".png",)) if split != "test" else None
     images = find_files(base / "JPEGImages", ids, (".jpg",))
     table = label_table({c: c for c in (*range(21), IGNORE)})
-    return Pairs("voc", split, class_names("voc"), ids, images, labels, table)
+    return Pairs("voc", split, CLASSES["voc"], ids, images, labels, table)
 
 
 def context(root, split, num_classes):
@@ -177,7 +173,7 @@ def context(root, split, num_classes):
     ids = read_list(within(root, "VOCdevkit/VOC2010/ImageSets/Main") / f"{split}.txt")
     images = find_files(within(root, "VOCdevkit/VOC2010/JPEGImages", "VOCdevkit/VOC2012/JPEGImages"), ids, (".jpg",))
     mats = within(root, "trainval", "VOCdevkit/trainval", "VOCdevkit/VOC2010/trainval", "context/trainval")
-    classes, other, first = class_names("context"), IGNORE, 0
+    classes, other, first = CLASSES["context"], IGNORE, 0
     if num_classes == 60:                            # everything else is class 0
         classes, other, first = ["other", *classes], 0, 1
     table = {raw: other for raw in range(460)}
@@ -188,7 +184,7 @@ def context(root, split, num_classes):
 def cocostuff(root, split):
     """COCO-Stuff 10K, version 1.1: images/, annotations/*.mat, imageLists/{train,test}.txt. 0 is unlabelled."""
     ids = read_list(within(root, "imageLists") / f"{split}.txt")
-    return Pairs("cocostuff", split, class_names("cocostuff"), ids, find_files(root / "images", ids, (".jpg",)),
+    return Pairs("cocostuff", split, CLASSES["cocostuff"], ids, find_files(root / "images", ids, (".jpg",)),
                  find_files(root / "annotations", ids, (".mat",)), label_table(COCO_CLASS | {0: IGNORE}))
 
 
@@ -207,13 +203,13 @@ def coco164k(name, root, split, classes, table):
 def cocostuff164k(root, split):
     """COCO-Stuff 164K: the label maps hold id - 1, and 255 where nothing is labelled."""
     table = {i - 1: c for i, c in COCO_CLASS.items()} | {255: IGNORE}
-    return coco164k("cocostuff164k", root, split, class_names("cocostuff"), table)
+    return coco164k("cocostuff164k", root, split, CLASSES["cocostuff"], table)
 
 
 def coco2voc(root, split):
     """COCO 2017 with VOC's classes, everything else background: pre-training for VOC's test server (Sec. 6.2.3)."""
     table = {raw: 0 for raw in range(182)} | {255: IGNORE} | {i - 1: c for c, i in enumerate(COCO_OF_VOC, 1)}
-    return coco164k("coco2voc", root, split, class_names("voc"), table)
+    return coco164k("coco2voc", root, split, CLASSES["voc"], table)
 
 
 def folder(root, split):
@@ -341,7 +337,8 @@ class TrainView(Dataset):
         label = label[top:top + height, left:left + width]  # (height, width)
         if scale != 1:
             image = F.interpolate(image[None], (new_height, new_width), mode="bilinear", align_corners=True)[0]
-            rows, columns = nearest_pixels(height, new_height), nearest_pixels(width, new_width)
+            rows, columns = (np.floor(np.linspace(0, old - 1, new) + 0.5).astype(int)
+                             for old, new in ((height, new_height), (width, new_width)))  # the nearest pixels
             label = torch.from_numpy(label.numpy()[rows][:, columns])  # (new_height, new_width)  numpy is the fastest
         # differs: the released code pads with 0 after normalisation; the mean colour becomes 0 to within 0.01.
         padded = MEAN_COLOUR.repeat(1, self.crop, self.crop)  # (3, crop, crop)
@@ -357,11 +354,6 @@ class TrainView(Dataset):
         return 0, size, max(1, round(size * scale))                # a smaller image is taken whole, and padded later
 
 
-def nearest_pixels(length, out):
-    """For `out` positions spread over `length` pixels, ends on ends as align_corners: the nearest pixel of each."""
-    return np.floor(np.linspace(0, length - 1, out) + 0.5).astype(np.int64)  # (out,)
-
-
 class Schedule:
     """Batch sampler: yields the lists of (iteration, index) that this process reads. The global batch, a function of
     (seed, iteration) and of nothing else, is cut into `accumulate` parts, and each part shared by `world` processes.
@@ -373,9 +365,6 @@ class Schedule:
     def __init__(self, data, batch_size, seed, iterations, rank=0, world=1, accumulate=1):
         self.data, self.batch_size, self.seed, self.iterations = data, batch_size, seed, iterations
         self.rank, self.world, self.accumulate = rank, world, accumulate
-
-    def __len__(self):
-        return len(self.iterations) * self.accumulate
 
     def __iter__(self):
         for iteration in self.iterations:

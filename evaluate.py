@@ -187,8 +187,7 @@ def make_loader(data, device, workers, **sampling):
 
 
 def ignore_group_signals(worker_id):
-    """Puts a worker into a process group of its own, which Ctrl-C and torchrun's SIGTERM do not reach: the run still
-    needs its workers to finish the step."""
+    """Keeps Ctrl-C and torchrun's SIGTERM from a worker: the run still needs it to finish the step."""
     os.setpgrp()
 
 

@@ -132,7 +132,7 @@ def test_bases_are_kept_as_told(base_update):
 
 @pytest.mark.parametrize("block", [partial(EMAU, num_bases=16), NonLocal, A2Block])
 def test_sums_over_pixels_stay_in_float32_under_autocast(block, monkeypatch):
-    """Eqs. 9, 12-16: sums over thousands of pixels are in float32, whatever the precision around; mu^(0), logits too."""
+    """Eqs. 9, 12-16: sums over thousands of pixels are in float32, whatever the precision around; mu, logits too."""
     found, unit = [], block(32).train()
     spy(monkeypatch, torch, "softmax", lambda x, dim: found.append(x.dtype))
     with torch.autocast("cpu", torch.bfloat16):
@@ -501,7 +501,7 @@ def test_schedule_is_the_same_for_any_number_of_processes(endless):
     """Sec. 6.1: the global batch of an iteration is the same however it is cut, and wherever the run was resumed."""
     schedule = partial(Schedule, Ramp(length=17, endless=endless), 8, 5)
     whole = list(schedule(range(6)))
-    assert len(whole) == len(schedule(range(6))) == 6 and all(len(batch) == 8 for batch in whole)
+    assert len(whole) == 6 and all(len(batch) == 8 for batch in whole)
     assert list(schedule(range(4, 6))) == whole[4:]
     for world, accumulate in [(2, 1), (4, 1), (1, 2), (2, 2), (1, 8)]:
         parts = [list(schedule(range(6), rank, world, accumulate)) for rank in range(world)]

@@ -259,8 +259,8 @@ def check_same_run(config, checkpoint):
         for key, value in config[part].items():
             if before.get(key) != value:
                 was, now = str(before.get(key))[:60], str(value)[:60]
-                raise UserError(f"the run was started with another {key.replace('_', '-')} ({was}, not {now}): keep it, "
-                                "or start another run with --out DIR")
+                raise UserError(f"the run was started with another {key.replace('_', '-')} ({was}, not {now}): keep "
+                                "it, or start another run with --out DIR")
 
 
 def check_finite(losses, net, *, iteration, data, schedule):

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 from backbone import UserError
-from data import DATASETS, IGNORE, class_names, normalise, overlay, palette_of, read_image, save_index_png, to_pil
+from data import CLASSES, DATASETS, IGNORE, normalise, overlay, palette_of, read_image, save_index_png, to_pil
 from ema import EMAU, load_checkpoint
 from evaluate import memory_format, open_dataset, pad, pick_device, run
 
@@ -175,7 +175,7 @@ def main(argv=None):
     net, device = load_checkpoint(args.ckpt), pick_device(args.device)
     out = Path(args.out or Path(args.ckpt).parent / "pictures")
     if args.image:
-        classes = net.trained_on.get("classes") or class_names("voc")          # the released networks are VOC's
+        classes = net.trained_on.get("classes") or CLASSES["voc"]          # the released networks are VOC's
         if len(classes) != net.config["num_classes"]:
             raise UserError(f"{args.ckpt} has {net.config['num_classes']} classes and does not say which")
         image = Path(args.image).resolve()
