@@ -17,8 +17,7 @@ RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
 
 class UserError(Exception):
-    """A mistake the user can correct: one line that says what, where, and what to do. Scripts print it without a
-    traceback. It lives in the lowest file so that every other one can raise it."""
+    """A mistake the user can correct, in one line: what, where, what to do. Scripts print it without a traceback."""
 
     def __init__(self, message):
         # A data-loader worker hands its exception over with the whole traceback as its text: keep the last line.
@@ -51,8 +50,8 @@ class DilatedResNet(nn.Module):
             try:
                 self.load_state_dict({key: value for key, value in state.items() if not key.startswith("fc.")})
             except (RuntimeError, AttributeError) as error:
-                raise UserError(f"{self.weights_origin}: does not fit {name} with the {stem} stem: "
-                                f"{brief(error)}") from None
+                raise UserError(f"{self.weights_origin}: does not fit {name} with the {stem} stem, give the --backbone "
+                                f"and --stem it is for ({brief(error)})") from None
         if layers == 2:
             self.layer3 = self.layer4 = nn.Identity()
             self.out_channels //= 4
@@ -71,7 +70,7 @@ class DilatedResNet(nn.Module):
         choices = (8,) if isinstance(self.layer3, nn.Identity) else (8, 16, 32)
         if output_stride not in choices:
             raise UserError(f"output stride {output_stride} is not one of {choices}")
-        if choices == (8,):
+        if len(choices) == 1:
             return
         # What a layer does not stride it dilates, but for its first block, which keeps the rate of the layer before (so
         # does torchvision). layer4 is multi-grid: 1, 2, 4 times its rate (Sec. 6.1).
@@ -133,9 +132,6 @@ def read_weights(name, stem, weights):
         state = dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # noqa: BLE001 - torch raises many kinds for a file that is no weights file
         raise UserError(f"{path}: not a file of weights that can be loaded safely: {brief(error)}") from None
-    found = "deep" if "conv1.0.weight" in state else "7x7"
-    if found != stem:
-        raise UserError(f"{path}: has the {found} stem, the network the {stem} one: add --stem {found}")
     return state, str(path)
 
 
