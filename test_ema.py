@@ -576,9 +576,9 @@ def test_recipes_are_the_paper_s():
     assert (released.output_stride, released.stem, released.decoder, released.lr) == (8, "deep", True, 0.009)
     scenes = train.parse_args([])
     assert [scenes.dataset, *(vars(scenes)[key] for key in keys[:13])] == [
-        "scenes", "train", 400, 8, 8, 0.1, 16, 97, "resnet18", "7x7", "none", 128, False, 0.0225]
+        "scenes", "train", 360, 8, 8, 0.1, 16, 97, "resnet18", "7x7", "none", 128, False, 0.025]
     cells = train.parse_args(["--dataset", "cells-key"])
-    assert (cells.layers, cells.gradient, cells.lr, cells.batch_size, cells.crop) == (2, "full", 0.03, 8, 193)
+    assert (cells.layers, cells.gradient, cells.lr, cells.iters, cells.crop) == (2, "full", 0.03, 400, 193)
 
 
 @pytest.mark.parametrize("iters, momentum", [(30, 0.1), (300, 0.03), (29000, 9 / 29000), (30000, 3e-4), (60000, 3e-4)])

@@ -51,10 +51,11 @@ PAPER = {"split": "trainaug", "backbone": "resnet101", "stem": "7x7", "weights":
          "channels": 512, "decoder": False, "eval_every": 3000, "layers": 4, "gradient": "none"}
 # Scenes are a smoke test for any laptop: a small network from scratch, so a large lr and BN momentum.
 SCENES = PAPER | {"split": "train", "backbone": "resnet18", "weights": "none", "output_stride": 8, "crop": 97,
-                  "iters": 400, "lr": 0.1, "channels": 128, "eval_every": 200, "bn_momentum": 0.0225}
+                  "iters": 360, "lr": 0.1, "channels": 128, "eval_every": 180, "bn_momentum": 0.025}
 # Cells ask whether attention brings in what lies far away: a network that by itself sees little of the image.
 # differs: all rounds in the graph. Without, the attention fails at this task (extras/evidence).
-CELLS = SCENES | {"layers": 2, "gradient": "full", "crop": 193, "batch_size": 8, "lr": 0.03, "eval_every": 400}
+CELLS = SCENES | {"layers": 2, "gradient": "full", "crop": 193, "batch_size": 8, "iters": 400, "lr": 0.03,
+                  "eval_every": 400, "bn_momentum": 0.0225}
 RECIPES = {
     "voc": PAPER,
     "context": PAPER | {"split": "train", "iters": 15000, "eval_every": 1500},

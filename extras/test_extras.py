@@ -357,8 +357,8 @@ def test_whole_copy_has_no_faults(folder, tmp_path, capsys):
     assert len(Image.open(tmp_path / "folder.png").getcolors(1 << 20)) > 100
 
 
-@pytest.mark.parametrize("what", ["truncated JPEG", "RGB label", "value out of range", "another size", "missing image",
-                                  "missing label", "missing list", ".mat of version 1.0", "truncated .mat"])
+@pytest.mark.parametrize("what", ["truncated JPEG", "RGB label", "value out of range", "another size", "missing classes",
+                                  "missing image", "missing list", ".mat of version 1.0", ".mat with text"])
 def test_fault_of_a_copy_is_named(what, tmp_path, capsys):
     """Every kind of fault ends the check with an error, and is named."""
     name, words = write_broken(tmp_path, what)
