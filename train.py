@@ -244,7 +244,8 @@ def find_checkpoint(args):
     if begins or path.resolve().parent != out.resolve():
         ours = {"log.jsonl", "last.tmp"} if args.resume else set()   # of a run killed before its first checkpoint
         if out.exists() and (not out.is_dir() or {file.name for file in out.iterdir()} - ours):
-            raise UserError(f"{out} is not empty: --resume auto continues the run in it, --out DIR starts another")
+            state = "has no last.pth" if args.resume == "auto" else "is not empty: --resume auto continues the run in it"
+            raise UserError(f"{out} {state}, --out DIR starts another")
     if begins:
         return None
     checkpoint = read_checkpoint(path)
