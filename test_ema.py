@@ -574,6 +574,7 @@ def test_recipes_are_the_paper_s():
         assert [vars(train.parse_args(["--dataset", name]))[key] for key in keys] == own + common, name
     released = train.parse_args(["--dataset", "voc", "--recipe", "released"])
     assert (released.output_stride, released.stem, released.decoder, released.lr) == (8, "deep", True, 0.009)
+    assert train.parse_args("--dataset voc --recipe released --no-decoder".split()).decoder is False
     scenes = train.parse_args([])
     assert [scenes.dataset, *(vars(scenes)[key] for key in keys[:13])] == [
         "scenes", "train", 360, 8, 8, 0.1, 16, 97, "resnet18", "7x7", "none", 128, False, 0.025]
@@ -880,9 +881,8 @@ def test_drawn_data_need_no_files(tiny, tmp_path, monkeypatch):
     ("--recipe released", ["released", "folder"]), ("--init nothing.pth", ["nothing.pth"]),
     ("--weights nothing.pth", ["nothing.pth"]), (f"--weights {__file__}", ["test_ema.py: not a file of weights"]),
     ("--weights imagenet --stem deep", ["deep stem"]), ("--weights imagenet-v2", ["IMAGENET1K_V2 of resnet18"]),
-    ("--device cuda", ["--device cuda"]),
-    ("--base-update backprop", ["backprop", "gradient full"]), ("--dataset voc", ["VOCdevkit", "--data-root"]),
-    ("--data-root nothing", ["nothing", "--data-root"]),
+    ("--device cuda", ["--device cuda"]), ("--base-update backprop --gradient last", ["backprop", "gradient full"]),
+    ("--dataset voc", ["VOCdevkit", "--data-root"]), ("--data-root nothing", ["nothing", "--data-root"]),
     *((flag, [flag, "at least"]) for flag in ("--eval-every 0", "--accumulate 0", "--batch-size 0", "--iters 0",
                                               "--crop 1", "--workers -1", "--seed -1"))])
 def test_settings_that_cannot_be(flags, words, folder_root, tmp_path):
