@@ -574,7 +574,7 @@ def test_recipes_are_the_paper_s():
         assert [vars(train.parse_args(["--dataset", name]))[key] for key in keys] == own + common, name
     released = train.parse_args(["--dataset", "voc", "--recipe", "released"])
     assert (released.output_stride, released.stem, released.decoder, released.lr) == (8, "deep", True, 0.009)
-    assert train.parse_args("--dataset voc --recipe released --no-decoder".split()).decoder is False
+    assert train.parse_args(["--dataset", "voc", "--recipe", "released", "--no-decoder"]).decoder is False
     scenes = train.parse_args([])
     assert [scenes.dataset, *(vars(scenes)[key] for key in keys[:13])] == [
         "scenes", "train", 360, 8, 8, 0.1, 16, 97, "resnet18", "7x7", "none", 128, False, 0.025]
