@@ -285,16 +285,12 @@ def read_label(path):
             with Image.open(str(path)) as image:
                 # Pillow would stretch gray of 2 or 4 bits, "L;2" and "L;4" in the file, to 0..255.
                 if image.mode not in ("P", "L") or image.tile[0][3] in ("L;2", "L;4"):
-                    raise UserError(f"{path}: a label holds class indices (palette or 8-bit gray), not {image.mode}")
+                    raise ValueError(f"class indices are palette or 8-bit gray, not {image.mode}")
                 raw = np.array(image)  # (H, W)
-        if raw.dtype == np.uint8:
-            return raw
-        numbers = raw.astype(np.uint16)              # ids reach 459, and some tools write doubles
+        numbers = raw if raw.dtype == np.uint8 else raw.astype(np.uint16)      # ids reach 459, some tools write doubles
         if (numbers != raw).any():
-            raise UserError(f"{path}: holds values that are no label numbers")
+            raise ValueError("it holds values that are no label numbers")
         return numbers
-    except UserError:
-        raise
     except Exception as error:  # noqa: BLE001 - Pillow and scipy raise many kinds for broken files
         raise UserError(f"{path}: cannot be read as a label ({brief(error)}): unpack or fetch it again") from None
 
@@ -304,10 +300,9 @@ def read_mat(path):
     shapes = {name: shape for name, shape, _ in whosmat(path)}
     variable = next((name for name in ("GTcls", "LabelMap", "S") if name in shapes), None)
     if variable is None:
-        raise UserError(f"{path}: no label in it (none of GTcls, LabelMap, S)")
+        raise ValueError("it has none of GTcls, LabelMap, S")
     if variable == "S" and max(shapes.get("names", (182,))) != 182:
-        raise UserError(f"{path}: of COCO-Stuff 10K version 1.0, whose labels are numbered differently: "
-                        "get cocostuff-10k-v1.1.zip")
+        raise ValueError("COCO-Stuff 10K version 1.0, numbered differently: get cocostuff-10k-v1.1.zip")
     value = loadmat(path, variable_names=[variable])[variable]
     return np.ascontiguousarray(value[0, 0]["Segmentation"] if variable == "GTcls" else value)  # (H, W)
 

@@ -117,29 +117,22 @@ def parse_args(argv=None):
     add("--amp", choices=("auto", "bf16", "off"), default="auto", help="bfloat16 autocast (default: where it is fast)")
     add("--compile", action="store_true", help="torch.compile the training step")
     add("--device", default="auto", help="auto (cuda, then mps, then cpu) or a torch device")
+    # The recipe depends on two flags, which are read first; its values then are the defaults of the others.
+    first, _ = parser.parse_known_args(argv)
+    if first.recipe == "released" and first.dataset != "voc":
+        raise UserError(f"--recipe released is for --dataset voc, {first.dataset} has --recipe paper alone")
+    recipe = RELEASED if first.recipe == "released" else RECIPES[first.dataset]
+    parser.set_defaults(out=f"out/{first.dataset}", **recipe)
     args = parser.parse_args(argv)
     for key, least in {"em_iterations": 1, "num_bases": 1, "channels": 2, "crop": 2, "batch_size": 1, "accumulate": 1,
                        "iters": 1, "eval_every": 1, "seed": 0, "workers": 0, "lr": 0, "lam": 0, "alpha": 0}.items():
-        value = getattr(args, key)
-        if value is not None and value < least:
-            raise UserError(f"--{key.replace('_', '-')} {value}: must be at least {least}")
-    follow_recipe(args)
-    return args
-
-
-def follow_recipe(args):
-    """Fills in what was not given: a flag marked * is None then."""
-    if args.recipe == "released" and args.dataset != "voc":
-        raise UserError(f"--recipe released is for --dataset voc, {args.dataset} has --recipe paper alone")
-    recipe = RELEASED if args.recipe == "released" else RECIPES[args.dataset]
-    for key, value in recipe.items():
-        if getattr(args, key, None) is None:
-            setattr(args, key, value)
+        if getattr(args, key) < least:
+            raise UserError(f"--{key.replace('_', '-')} {getattr(args, key)}: must be at least {least}")
     # BN's running statistics average over about 1 / momentum iterations, and begin far off. The paper's 30,000 are nine
     # times that; a run shorter than its recipe gets nine as well, or it would be evaluated with half-initial ones.
     if args.iters < recipe["iters"]:
         args.bn_momentum = min(0.1, max(args.bn_momentum, 9 / args.iters))
-    args.out = args.out or f"out/{args.dataset}"
+    return args
 
 
 # ---- The parts of a step
@@ -237,16 +230,17 @@ def load_init(net, path):
 
 def find_checkpoint(args):
     """The checkpoint to continue from, or None for a run that begins. An existing run is never overwritten."""
-    out, path = Path(args.out), None
-    if args.resume:
-        path = out / "last.pth" if args.resume == "auto" else Path(args.resume)
-    begins = path is None or args.resume == "auto" and not path.exists()
-    if begins or path.resolve().parent != out.resolve():
+    out = Path(args.out)
+    path = Path(args.resume) if args.resume else None
+    if args.resume == "auto":
+        path = out / "last.pth" if (out / "last.pth").exists() else None
+    if path is None or path.resolve().parent != out.resolve():
         ours = {"log.jsonl", "last.tmp"} if args.resume else set()   # of a run killed before its first checkpoint
         if out.exists() and (not out.is_dir() or {file.name for file in out.iterdir()} - ours):
-            state = "has no last.pth" if args.resume == "auto" else "is not empty: --resume auto continues the run in it"
-            raise UserError(f"{out} {state}, --out DIR starts another")
-    if begins:
+            if args.resume == "auto":
+                raise UserError(f"{out} has no last.pth, but other files: --out DIR starts another run")
+            raise UserError(f"{out} is not empty: --resume auto continues the run in it, --out DIR starts another")
+    if path is None:
         return None
     checkpoint = read_checkpoint(path)
     if "optimizer" not in checkpoint:
@@ -384,7 +378,7 @@ def train(args):
     machine = f"{world} x {torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type}, " \
               f"{'bfloat16' if amp else 'float32'}, torch {torch.__version__}, torchvision {torchvision.__version__}"
     weights = f"the checkpoint of iteration {start}" if checkpoint else args.init or net.backbone.weights_origin
-    if checkpoint and rank == 0 and (start % args.eval_every == 0 or start == args.iters):
+    if checkpoint and rank == 0 and checkpoint["validated"]:
         save_checkpoint({"model": net.state_dict(), "config": config}, out / "model.pth")      # killed just before it?
     print_header(args, data, val, weights, machine)
     write_log(log, args=vars(args), machine=machine)
@@ -422,7 +416,8 @@ def train(args):
             validate_network(net, val, args, device, log, iteration)
         if save and rank == 0:
             saved = {"model": net.state_dict(), "config": config}
-            save_checkpoint(saved | {"optimizer": optimizer.state_dict(), "iteration": iteration}, out / "last.pth")
+            rest = {"optimizer": optimizer.state_dict(), "iteration": iteration, "validated": validate}
+            save_checkpoint(saved | rest, out / "last.pth")
             if validate:
                 save_checkpoint(saved, out / "model.pth")
         if log_now:
