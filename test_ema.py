@@ -887,7 +887,7 @@ def test_drawn_data_need_no_files(tiny, tmp_path, monkeypatch):
                                               "--crop 1", "--workers -1", "--seed -1"))])
 def test_settings_that_cannot_be(flags, words, folder_root, tmp_path):
     """A setting that cannot work is named, never replaced by another; nothing is written."""
-    fail(train, f"{TRAIN} --data-root {folder_root} --out {tmp_path}/out {flags}", *words)
+    fail(train, f"{TRAIN} --iters 1 --data-root {folder_root} --out {tmp_path}/out {flags}", *words)
     assert not (tmp_path / "out").exists()
 
 
