@@ -73,7 +73,6 @@ RELEASED = PAPER | {"output_stride": 8, "stem": "deep", "weights": "resnet101-2a
 NETWORK = ("backbone", "stem", "output_stride", "channels", "attention", "num_bases", "em_iterations", "lam", "alpha",
            "base_update", "base_norm", "gradient", "decoder", "bn_momentum", "layers")
 MAY_CHANGE = ("data_root", "workers", "device", "out", "resume", "eval_every", "compile")
-SAVE_EVERY = 1000             # iterations: last.pth is saved at least so often
 
 
 def parse_args(argv=None):
@@ -384,6 +383,7 @@ def train(args):
     write_log(log, args=vars(args), machine=machine)
 
     log_every = max(1, min(50, args.iters // 50))
+    save_every = max(100, min(1000, args.iters // 10))           # last.pth, however rare the validations are
     losses, waited, since = [], 0.0, time.time()                 # of the iterations since the last log line
     for iteration in range(start + 1, args.iters + 1):
         # step. Dropout's randomness is a function of (seed, iteration, rank), so that no state of it has to be saved.
@@ -395,7 +395,7 @@ def train(args):
         waited += data_seconds
         stop = signal_to_stop()
         validate = iteration % args.eval_every == 0 or iteration == args.iters
-        save = stop or validate or iteration % SAVE_EVERY == 0
+        save = stop or validate or iteration % save_every == 0
         log_now = save or iteration % log_every == 0
 
         # log
