@@ -287,7 +287,9 @@ def read_label(path):
                 if image.mode not in ("P", "L") or image.tile[0][3] in ("L;2", "L;4"):
                     raise ValueError(f"class indices are palette or 8-bit gray, not {image.mode}")
                 raw = np.array(image)  # (H, W)
-        numbers = raw if raw.dtype == np.uint8 else raw.astype(np.uint16)      # ids reach 459, some tools write doubles
+        if raw.dtype == np.uint8:
+            return raw
+        numbers = raw.astype(np.uint16)                                        # ids reach 459, some tools write doubles
         if (numbers != raw).any():
             raise ValueError("it holds values that are no label numbers")
         return numbers

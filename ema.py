@@ -88,6 +88,7 @@ class EMAU(nn.Module):
         network takes the last, visualize.py all."""
         if self.gradient == "none":
             x = x.detach()                                                     # EM is a constant to the backward pass
+        # A view is enough, though update_bases changes `mu` in place: the graph keeps lam * mu, which is a copy.
         mu = self.mu.to(x.dtype).expand(x.shape[0], -1, -1)  # (B, C, K)
         for _ in range(self.iterations):
             z = self.e_step(x, mu)  # (B, N, K)

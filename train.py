@@ -377,8 +377,8 @@ def train(args):
     machine = f"{world} x {torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type}, " \
               f"{'bfloat16' if amp else 'float32'}, torch {torch.__version__}, torchvision {torchvision.__version__}"
     weights = f"the checkpoint of iteration {start}" if checkpoint else args.init or net.backbone.weights_origin
-    if checkpoint and rank == 0 and checkpoint["validated"]:
-        save_checkpoint({"model": net.state_dict(), "config": config}, out / "model.pth")      # killed just before it?
+    if checkpoint and rank == 0 and checkpoint["validated"]:     # it may have been killed between the two files
+        save_checkpoint({"model": net.state_dict(), "config": config}, out / "model.pth")
     print_header(args, data, val, weights, machine)
     write_log(log, args=vars(args), machine=machine)
 

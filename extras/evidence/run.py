@@ -175,12 +175,12 @@ def main(argv=None):
     parser.add_argument("--table", action="store_true", help="print what is there, run nothing")
     args = parser.parse_args(argv)
     if not args.table:
-        if args.experiments[0].startswith("voc320"):
-            args.data_root = voc320(args.data_root)
+        roots = {name: voc320(args.data_root) if name.startswith("voc320") else args.data_root
+                 for name in args.experiments}
         with ThreadPoolExecutor(args.jobs) as pool:                            # seed by seed, so that arms stay level
             waiting = [(name, arm, seed) for name in args.experiments for seed in range(EXPERIMENTS[name][2])
                        for arm in EXPERIMENTS[name][1]]
-            futures = [pool.submit(train, *each, args.data_root, args.weights) for each in waiting
+            futures = [pool.submit(train, *each, roots[each[0]], args.weights) for each in waiting
                        if not result_of(*each)]
             try:
                 for future in futures:
