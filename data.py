@@ -355,8 +355,8 @@ class Schedule:
     """Batch sampler: yields the lists of (iteration, index) that this process reads. The global batch, a function of
     (seed, iteration) and of nothing else, is cut into `accumulate` parts, and each part shared by `world` processes.
 
-    Iterations count from 0 here, from 1 in the log. An epoch is a fresh shuffle; what does not fill its last batch is
-    left out. A batch of 16 with world 2 and accumulate 2: rank 0 reads its images 0, 2, 4, 6, then 8, 10, 12, 14.
+    iterations: those to read, counted from 1. An epoch is a fresh shuffle; what does not fill its last batch is left
+    out. A batch of 16 with world 2 and accumulate 2: rank 0 reads its images 0, 2, 4, 6, then 8, 10, 12, 14.
     """
 
     def __init__(self, data, batch_size, seed, iterations, rank=0, world=1, accumulate=1):
@@ -371,9 +371,8 @@ class Schedule:
     def indices(self, iteration):
         """The indices of the global batch of one iteration."""
         if self.data.endless:
-            return range(iteration * self.batch_size, (iteration + 1) * self.batch_size)
-        per_epoch = len(self.data) // self.batch_size
-        epoch, step = divmod(iteration, per_epoch)
+            return range((iteration - 1) * self.batch_size, iteration * self.batch_size)
+        epoch, step = divmod(iteration - 1, len(self.data) // self.batch_size)
         order = np.random.default_rng((self.seed, epoch)).permutation(len(self.data))
         return order[step * self.batch_size:(step + 1) * self.batch_size]
 

@@ -146,13 +146,6 @@ def rank_and_world():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def end_distributed():
-    """Waits for the other processes first: torch 2.10's gloo can hang when one leaves early."""
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-
-
 def print_on_rank0(text):
     if rank_and_world()[0] == 0:
         print(text, flush=True)
@@ -192,13 +185,17 @@ def ignore_group_signals(worker_id):
 
 
 def run(main):
-    """Runs a script's main. A mistake the user can correct becomes one line and exit status 1."""
+    """Runs a script's main, which may return the exit status. A mistake the user can correct becomes one line."""
     try:
-        main()
+        status = main()
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     except torch.OutOfMemoryError as error:
         sys.exit(f"error: the GPU's memory ran out ({brief(error)}): see README, Memory runs out")
+    if dist.is_initialized():
+        dist.barrier()                                   # torch 2.10's gloo can hang when a process leaves early
+        dist.destroy_process_group()
+    sys.exit(status)
 
 
 # ---- The script
@@ -263,7 +260,6 @@ def main(argv=None):
         print_on_rank0(summary(data, result, args.ms_flip))
     else:
         print_on_rank0(f"wrote {len(data)} predictions to {args.save_png} (no labels to score them by)")
-    end_distributed()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import signal
-import sys
 import time
 from contextlib import nullcontext
 from datetime import timedelta
@@ -31,7 +30,6 @@ from backbone import RESNETS, UserError, brief
 from data import DATASETS, IGNORE, Schedule, TrainView, build_dataset, normalise
 from ema import CHOICES, EMANet, load_checkpoint, read_checkpoint, save_checkpoint
 from evaluate import (
-    end_distributed,
     evaluate,
     init_distributed,
     make_loader,
@@ -148,9 +146,8 @@ def batch_loss(model, batch, device, amp):
     """The loss of a batch as the loader gives it: images uint8 (B, 3, crop, crop), which become floats on the device,
     and labels uint8 (B, crop, crop)."""
     images, labels = (part.to(device, non_blocking=device.type == "cuda") for part in batch)
-    images = normalise(images).contiguous(memory_format=memory_format(device))  # (B, 3, crop, crop)
     with torch.autocast(device.type, amp, enabled=amp is not None):
-        return segmentation_loss(model(images), labels)
+        return segmentation_loss(model(normalise(images)), labels)
 
 
 def build_optimizer(net, lr):
@@ -215,11 +212,11 @@ def build_network(args, num_classes, weights):
 
 def load_init(net, path):
     """Starts from the network of a checkpoint; with a new classifier where the number of classes differs."""
-    state, mine = load_checkpoint(path).state_dict(), net.state_dict()
-    if state["classifier.bias"].shape != mine["classifier.bias"].shape:
-        print_on_rank0(f"{path} has {len(state['classifier.bias'])} classes, the data set "
-                       f"{len(mine['classifier.bias'])}: the classifier is a new one")
-        state |= {key: value for key, value in mine.items() if key.startswith("classifier.")}
+    source = load_checkpoint(path)
+    state, old, new = source.state_dict(), source.config["num_classes"], net.config["num_classes"]
+    if old != new:
+        print_on_rank0(f"{path} has {old} classes, the data set {new}: the classifier is a new one")
+        state |= {key: value for key, value in net.state_dict().items() if key.startswith("classifier.")}
     try:
         net.load_state_dict(state)
     except RuntimeError as error:
@@ -233,12 +230,10 @@ def find_checkpoint(args):
     path = Path(args.resume) if args.resume else None
     if args.resume == "auto":
         path = out / "last.pth" if (out / "last.pth").exists() else None
-    if path is None or path.resolve().parent != out.resolve():
+    if out.exists() and (path is None or path.resolve().parent != out.resolve()):
         ours = {"log.jsonl", "last.tmp"} if args.resume else set()   # of a run killed before its first checkpoint
-        if out.exists() and (not out.is_dir() or {file.name for file in out.iterdir()} - ours):
-            if args.resume == "auto":
-                raise UserError(f"{out} has no last.pth, but other files: --out DIR starts another run")
-            raise UserError(f"{out} is not empty: --resume auto continues the run in it, --out DIR starts another")
+        if {file.name for file in out.iterdir()} - ours:
+            raise UserError(f"{out} is not empty: --resume auto continues from its last.pth, --out DIR starts another run")
     if path is None:
         return None
     checkpoint = read_checkpoint(path)
@@ -265,7 +260,7 @@ def check_finite(losses, net, *, iteration, data, schedule):
         return
     if bad:
         iteration -= len(losses) - 1 - bad[0]                                  # the first of them
-    images = ", ".join(str(i if data.endless else data.ids[i]) for i in schedule.indices(iteration - 1))
+    images = ", ".join(str(i if data.endless else data.ids[i]) for i in schedule.indices(iteration))
     raise UserError(f"the {'loss' if bad else 'update'} of iteration {iteration} is not finite (images {images}): "
                     "look at these images, or start again with a lower --lr and another --out")
 
@@ -288,15 +283,6 @@ def signal_to_stop():
 
 
 # ---- Logging
-def print_header(args, data, val, weights, machine):
-    """What one needs to know to compare a run with the paper, or to repeat it."""
-    print_on_rank0("settings " + " ".join(f"{key}={value}" for key, value in vars(args).items()))
-    print_on_rank0(f"weights  {weights}")
-    print_on_rank0(f"data     {data.name} {data.split}: {'endless' if data.endless else len(data)} images, "
-                   f"{len(data.classes)} classes; validation: {len(val) if val else 'none'}")
-    print_on_rank0(f"machine  {machine}")
-
-
 def write_log(path, **record):
     if rank_and_world()[0] == 0:
         try:
@@ -315,15 +301,6 @@ def log_iterations(path, args, device, *, iteration, loss, lr, seconds, data_sec
                    f" | eta {eta}")
     write_log(path, iteration=iteration, loss=loss, lr=lr, ms=1000 * seconds, data_ms=1000 * data_seconds,
               memory_gb=memory)
-
-
-def validate_network(net, val, args, device, log, iteration):
-    """Evaluates at the recipe's output stride for it, prints the scores and logs them."""
-    net.set_output_stride(args.eval_output_stride)
-    result = evaluate(net, val, device, workers=args.workers)
-    net.set_output_stride(args.output_stride)
-    print_on_rank0(summary(val, result))
-    write_log(log, iteration=iteration, **{f"val_{key}": value for key, value in result.items()})
 
 
 # ---- The script
@@ -367,25 +344,30 @@ def train(args):
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
         start = checkpoint["iteration"]
-    schedule = Schedule(data, args.batch_size, args.seed, range(start, args.iters), rank, world, args.accumulate)
+    iterations = range(start + 1, args.iters + 1)
+    schedule = Schedule(data, args.batch_size, args.seed, iterations, rank, world, args.accumulate)
     loader = iter(make_loader(TrainView(data, args.crop, args.seed), device, args.workers, batch_sampler=schedule))
 
-    # all checks have passed: the folder, and what a run begins by telling
+    # all checks have passed: the output folder, and all that is needed to compare a run, or to repeat it
     out, log = Path(args.out), Path(args.out) / "log.jsonl"
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
     machine = f"{world} x {torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type}, " \
               f"{'bfloat16' if amp else 'float32'}, torch {torch.__version__}, torchvision {torchvision.__version__}"
     weights = f"the checkpoint of iteration {start}" if checkpoint else args.init or net.backbone.weights_origin
+    print_on_rank0("settings " + " ".join(f"{key}={value}" for key, value in vars(args).items()) + "\n"
+                   f"weights  {weights}\n"
+                   f"data     {data.name} {data.split}: {'endless' if data.endless else len(data)} images, "
+                   f"{len(data.classes)} classes; validation: {len(val) if val else 'none'}\n"
+                   f"machine  {machine}")
+    write_log(log, args=vars(args), machine=machine)
     if checkpoint and rank == 0 and checkpoint["validated"]:     # it may have been killed between the two files
         save_checkpoint({"model": net.state_dict(), "config": config}, out / "model.pth")
-    print_header(args, data, val, weights, machine)
-    write_log(log, args=vars(args), machine=machine)
 
     log_every = max(1, min(50, args.iters // 50))
     save_every = max(100, min(1000, args.iters // 10))           # last.pth, however rare the validations are
     losses, waited, since = [], 0.0, time.time()                 # of the iterations since the last log line
-    for iteration in range(start + 1, args.iters + 1):
+    for iteration in iterations:
         # step. Dropout's randomness is a function of (seed, iteration, rank), so that no state of it has to be saved.
         torch.manual_seed(int(np.random.SeedSequence((args.seed, iteration, rank)).generate_state(1)[0]))
         lr = args.lr * (1 - (iteration - 1) / args.iters) ** 0.9               # the "poly" policy
@@ -413,30 +395,33 @@ def train(args):
             for buffer in net.buffers():
                 dist.broadcast(buffer, 0)
         if validate and val:
-            validate_network(net, val, args, device, log, iteration)
+            net.set_output_stride(args.eval_output_stride)
+            result = evaluate(net, val, device, workers=args.workers)
+            net.set_output_stride(args.output_stride)
+            print_on_rank0(summary(val, result))
+            write_log(log, iteration=iteration, **{f"val_{key}": value for key, value in result.items()})
         if save and rank == 0:
             saved = {"model": net.state_dict(), "config": config}
             rest = {"optimizer": optimizer.state_dict(), "iteration": iteration, "validated": validate}
             save_checkpoint(saved | rest, out / "last.pth")
             if validate:
                 save_checkpoint(saved, out / "model.pth")
-        if log_now:
-            losses, waited, since = [], 0.0, time.time()
         if stop and iteration < args.iters:
             print_on_rank0(f"stopped after iteration {iteration}, all saved: --resume auto continues")
-            end_distributed()
-            sys.exit(128 + stop)
+            return 128 + stop
+        if log_now:
+            losses, waited, since = [], 0.0, time.time()
 
     where = "" if data.endless else f" --data-root {args.data_root}"
     where += "" if val else f" --split {args.split}"
     print_on_rank0(f"done: model.pth, last.pth and log.jsonl are in {out}\n"
                    f"next: python evaluate.py --ckpt {out}/model.pth{where}\n"
                    f"      python visualize.py --ckpt {out}/model.pth{where}")
-    end_distributed()
+    return 0
 
 
 def main(argv=None):
-    train(parse_args(argv))
+    return train(parse_args(argv))
 
 
 if __name__ == "__main__":

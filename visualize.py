@@ -2,10 +2,9 @@
 
     python visualize.py --ckpt out/scenes/model.pth                    # images of the data set it was trained on
     python visualize.py --ckpt model.pth --image holiday.jpg           # your own image, or a folder of them
-    python visualize.py --ckpt model.pth --bases 3,17                  # these two bases
+    python visualize.py --ckpt model.pth --bases 3,17                  # these two bases, in every picture
 
-Writes to --out, per image, NAME.png (the picture) and NAME_prediction.png (class indices with a palette); for several
-images also bases.png: the same bases over the first eight (Fig. 5).
+Writes to --out, per image, NAME.png (the picture) and NAME_prediction.png (class indices with a palette).
 
 Shapes: H x W pixels of one image, T iterations, K bases, h x w the feature map of the padded image.
 """
@@ -50,16 +49,16 @@ def at_image_size(maps, size, stride):
     return F.interpolate(maps, padded, mode="bilinear", align_corners=True)[:, :, :size[0], :size[1]]
 
 
-def choose_bases(wanted, zs, count=4):
-    """Indices of the bases to show, for responsibilities zs, a list of (T, K, h, w): given as "3,17", or those that
-    hold the most pixels of all the images. (Fig. 5 shows random ones.)"""
-    K = zs[0].shape[1]
+def choose_bases(wanted, z, count=4):
+    """Indices of the bases to show, for responsibilities z (T, K, h, w): given as "3,17", or those that hold the most
+    pixels. (Fig. 5 shows random ones.)"""
+    K = z.shape[1]
     if wanted:
         bases = [int(word) if word.strip().isdecimal() else -1 for word in wanted.split(",")]
         if not all(0 <= k < K for k in bases):
             raise UserError(f"--bases {wanted}: give numbers from 0 to {K - 1} with commas between them")
         return bases
-    held = sum(torch.bincount(z[-1].flatten(1).argmax(0), minlength=K) for z in zs)  # (K,)
+    held = torch.bincount(z[-1].flatten(1).argmax(0), minlength=K)  # (K,)
     return held.argsort(descending=True, stable=True)[:count].tolist()
 
 
@@ -76,16 +75,6 @@ def picture(image, label, prediction, maps, bases, classes):
     for n, k in enumerate(bases):
         top = maps[:, n].max().item()  # one scale per basis, so rounds compare
         rows.append([(heat(m, top), f"basis {k}, t = {t}, 0 .. {top:.2f}") for t, m in enumerate(maps[:, n], 1)])
-    return grid(rows)
-
-
-def bases_over_images(seen, bases, stride):
-    """The same bases over several images: one row per image, the image and each basis' responsibilities at t = T."""
-    rows = []
-    for name, image, z in seen:
-        maps = at_image_size(z[-1:, bases], image.shape[1:], stride)[0]  # (len(bases), H, W)
-        rows.append([(to_pil(image), name)] + [(heat(m, m.max().item()), f"basis {k}")
-                                               for k, m in zip(bases, maps, strict=True)])
     return grid(rows)
 
 
@@ -187,21 +176,14 @@ def main(argv=None):
         classes, images = data.classes, images_of(data, args.count)
     net.to(device, memory_format=memory_format(device))
     out.mkdir(parents=True, exist_ok=True)
-    first = []                                                                 # for bases.png
     for name, image, label, original in images:
         prediction, z = predict_with_bases(net, image.to(device))
-        bases = choose_bases(args.bases, [z]) if z is not None else []         # its own; bases.png has those of all
+        bases = choose_bases(args.bases, z) if z is not None else []
         maps = at_image_size(z[:, bases], image.shape[1:], net.config["output_stride"]) if bases else None
         picture(image, label, prediction, maps, bases, classes).save(out / f"{name}.png")
         full = F.interpolate(prediction[None, None], tuple(original), mode="nearest-exact")[0, 0]  # (H, W)
         save_index_png(full.numpy(), out / f"{name}_prediction.png", palette_of(classes))
         print(f"wrote {out}/{name}.png and {name}_prediction.png", flush=True)
-        if z is not None and len(first) < 8:
-            first.append((name, image, z[-1:]))  # the last round is enough
-    if len(first) > 1:
-        bases = choose_bases(args.bases, [z for _, _, z in first])
-        bases_over_images(first, bases, net.config["output_stride"]).save(out / "bases.png")
-        print(f"wrote {out}/bases.png: the same bases over these images")
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ class Ours:
         """The optimiser, the crops one by one, and the loader with its workers."""
         self.optimizer = build_optimizer(self.net, 1e-6)
         self.crops = self.view(data, args.crop, args.seed)
-        schedule = Schedule(data, args.batch_size, args.seed, range(10 ** 6))
+        schedule = Schedule(data, args.batch_size, args.seed, range(1, 10 ** 6))
         self.keys = iter(schedule)
         self.batch = default_collate([self.crops[key] for key in next(self.keys)])
         self.loader = iter(make_loader(self.crops, self.device, args.workers, batch_sampler=schedule))

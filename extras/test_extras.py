@@ -217,7 +217,7 @@ def test_lost_worker_ends_the_run(place, call, action, command, tmp_path):
 def test_loss_that_is_not_finite_stops_the_run(world, command, straight, folder, tmp_path):
     """A loss that is not finite stops all processes with a line that names iteration and images; nothing is lost."""
     pairs = build_dataset("folder", folder, "train")
-    images = ", ".join(pairs.ids[i] for i in Schedule(pairs, 2, 0, range(8)).indices(3))
+    images = ", ".join(pairs.ids[i] for i in Schedule(pairs, 2, 0, range(8)).indices(4))
     results = launch(tmp_path, command, partial(at_call, "train.normalise", 4, "give nan", rank=world - 1), world)
     for status, out, err in results:
         assert status == 1 and f"the loss of iteration 4 is not finite (images {images})" in err, err
