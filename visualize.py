@@ -112,32 +112,32 @@ def grid(rows):
 
 
 # ---- The script
-def own_images(path, size):
-    """Yields name, image uint8 (3, ., .), no label, and original (H, W) of an image file, or of those in a folder.
-
-    An image is turned as its EXIF data says, and brought down to `size` pixels along its longer side: the network knows
-    objects at the size they have in its training images, and 12 megapixels would not fit into memory.
-    """
-    path = Path(path)
-    files = [path]
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+def own_images(path):
+    """Yields name, image uint8 (3, H, W), turned as EXIF says, and None as label: of a file, or of a folder's images."""
+    files = [Path(path)]
+    if files[0].is_dir():
+        files = sorted(file for file in files[0].iterdir() if file.suffix.lower() in SUFFIXES)
     if not files:
         raise UserError(f"no images in {path}")
     stems = [file.stem for file in files]
     for file in files:
-        image = to_pil(read_image(file, turn=True))
-        original = image.height, image.width
-        image.thumbnail((size, size), Image.Resampling.BILINEAR)
         name = file.stem if stems.count(file.stem) == 1 else file.name         # a.jpg beside a.png
-        yield name, torch.from_numpy(np.array(image)).permute(2, 0, 1), None, original
+        yield name, read_image(file, turn=True), None
 
 
 def images_of(data, count):
-    """Yields name, image uint8 (3, H, W), label uint8 (H, W) or None, and (H, W) of a data set's first images."""
+    """Yields name, image uint8 (3, H, W), and label uint8 (H, W) or None, of a data set's first images."""
     for i in range(min(count, len(data))):
         image, label = data[i]
-        yield str(data.ids[i]), image, label if data.labelled else None, image.shape[1:]
+        yield str(data.ids[i]), image, label if data.labelled else None
+
+
+def shrink(image, longer_side):
+    """Brings an image of one's own, uint8 (3, H, W), down to so many pixels, if it has more: the network knows objects
+    at the size they have in its training images, and 12 megapixels would not fit into memory."""
+    image = to_pil(image)
+    image.thumbnail((longer_side, longer_side), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, H', W')
 
 
 def parse_args(argv=None):
@@ -170,19 +170,22 @@ def main(argv=None):
         image = Path(args.image).resolve()
         if out.resolve() == (image if image.is_dir() else image.parent):
             raise UserError(f"--out {out} holds the images themselves: choose another folder, nothing is overwritten")
-        images = own_images(args.image, args.size)
+        images = own_images(args.image)
     else:
         data = open_dataset(args, net)
         classes, images = data.classes, images_of(data, args.count)
     net.to(device, memory_format=memory_format(device))
     out.mkdir(parents=True, exist_ok=True)
-    for name, image, label, original in images:
-        prediction, z = predict_with_bases(net, image.to(device))
+    for name, image, label in images:
+        size = image.shape[1:]
+        if args.image:
+            image = shrink(image, args.size)  # (3, H', W')
+        prediction, z = predict_with_bases(net, image.to(device))  # (H', W'), (T, K, h, w)
         bases = choose_bases(args.bases, z) if z is not None else []
         maps = at_image_size(z[:, bases], image.shape[1:], net.config["output_stride"]) if bases else None
         picture(image, label, prediction, maps, bases, classes).save(out / f"{name}.png")
-        full = F.interpolate(prediction[None, None], tuple(original), mode="nearest-exact")[0, 0]  # (H, W)
-        save_index_png(full.numpy(), out / f"{name}_prediction.png", palette_of(classes))
+        prediction = F.interpolate(prediction[None, None], tuple(size), mode="nearest-exact")[0, 0]  # (H, W)
+        save_index_png(prediction.numpy(), out / f"{name}_prediction.png", palette_of(classes))
         print(f"wrote {out}/{name}.png and {name}_prediction.png", flush=True)
 
 
