@@ -639,6 +639,15 @@ def test_every_option_trains_and_comes_back(flags, trained, run_train, folder_ro
     assert f"eval folder val ss | {validation(tmp_path / 'run')} | 5 images" in printed
 
 
+def test_log_says_what_was_measured(tmp_path, capsys):
+    """A line of the log: mean loss, lr, milliseconds an iteration, of which for data, and the time that is left."""
+    args = mock.Mock(iters=10, batch_size=4)
+    train.log_iterations(tmp_path / "log", args, CPU, iteration=4, loss=0.5, lr=0.1, seconds=2.0, data_seconds=0.5)
+    assert "loss 0.5000 | lr 1.00e-01 | 2000 ms (data 25%) | 2.0 img/s" in (line := capsys.readouterr().out)
+    assert "eta 0:00:12" in line and json.loads((tmp_path / "log").read_text()) == {
+        "iteration": 4, "loss": 0.5, "lr": 0.1, "ms": 2000, "data_ms": 500, "memory_gb": 0}
+
+
 def test_two_processes_train_one_network(pair):
     """Under torchrun each process reads its part and drops its own channels; the log holds the mean of their losses."""
     first, second = (results["run"] for results in pair)
@@ -802,6 +811,19 @@ def test_pictures_of_a_data_set(trained, tiny, folder_root, tmp_path):
         assert drawn == (tmp_path / f"png/{name}.png").read_bytes()
     for bases in ("64", "-1", "x", "1,,2"):
         fail(visualize, f"{line} --out {tmp_path} --bases={bases}", "--bases", "63")
+
+
+def test_picture_shows_label_prediction_and_rounds(monkeypatch):
+    """Fig. 5: label and prediction in their colours; below, a basis' rounds on one scale, and no row over another."""
+    rows, label = [], torch.ones(64, 64).byte()
+    spy(monkeypatch, visualize, "grid", rows.extend)
+    maps = torch.ones(2, 1, 64, 64) * torch.tensor([1.0, 0.5]).view(2, 1, 1, 1)
+    black = torch.zeros(3, 64, 64).byte()
+    sheet = visualize.picture(black, label, 2 * label, maps, [7], ["background", "road", "sky"])
+    seen = [panel.getpixel((9, 9)) for row in rows for panel, _ in row]
+    assert seen[:3] == [(0, 0, 0), (76, 0, 0), (0, 76, 0)] and seen[4:] == [(252, 255, 164), (188, 55, 84)]
+    assert [caption for _, caption in rows[0]] == ["image", "label", "prediction", ""]
+    assert [sheet.getpixel((9, y)) for y in (280, 281, 309, 310)] == [(0, 0, 0), (255,) * 3, (255,) * 3, seen[4]]
 
 
 def test_bases_shown_by_default_are_the_fullest():
