@@ -18,7 +18,7 @@ class UserError(Exception):
     """A mistake the user can correct, in one line: what, where, what to do. Scripts print it without a traceback."""
 
     def __init__(self, message):
-        # A data-loader worker hands its exception over with the whole traceback as its text: keep the last line.
+        # From a data-loader worker the message arrives with a traceback before it.
         super().__init__(str(message).split("UserError: ")[-1].strip())
 
 
@@ -70,11 +70,12 @@ class DilatedResNet(nn.Module):
             raise UserError(f"output stride {output_stride} is not one of {choices}")
         if len(choices) == 1:
             return
-        # What a layer does not stride it dilates, but for its first block, which keeps the rate of the layer before (so
-        # does torchvision). layer4 is multi-grid: 1, 2, 4 times its rate (Sec. 6.1).
-        rate3, rate4 = {8: (2, 4), 16: (1, 2), 32: (1, 1)}[output_stride]
-        set_rates(self.layer3, 2 // rate3, [1] + [rate3] * (len(self.layer3) - 1))
-        set_rates(self.layer4, 2 * rate3 // rate4, [rate3, 2 * rate4, 4 * rate4][:len(self.layer4)])
+        # What a layer no longer strides it dilates, but its first block keeps the rate of the layer before, as in
+        # torchvision. layer4 is multi-grid: 1, 2, 4 times its rate (Sec. 6.1).
+        stride3, rate3, stride4, rates4 = {8: (1, 2, 1, (2, 8, 16)), 16: (2, 1, 1, (1, 4, 8)),
+                                           32: (2, 1, 2, (1, 2, 4))}[output_stride]
+        set_rates(self.layer3, stride3, (1,) + (rate3,) * (len(self.layer3) - 1))
+        set_rates(self.layer4, stride4, rates4[:len(self.layer4)])
 
 
 def set_rates(layer, stride, rates):
@@ -129,7 +130,7 @@ def read_weights(name, stem, weights):
 
 def brief(error):
     """The beginning of a library's message, which may run over many lines."""
-    if "weights_only" in str(error):                 # torch's advice there is to load it without protection: never
+    if "weights_only" in str(error):                 # torch's message advises to switch the protection off
         return "it holds other things than tensors and plain values"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[:2])[:200]

@@ -66,8 +66,9 @@ COCO_OF_VOC = (5, 2, 16, 9, 44, 6, 3, 17, 62, 21, 67, 18, 19, 4, 1, 64, 20, 63, 
 
 # ---- Data sets: one function each, which says where the files are, and one table: raw label -> class -> ignored
 def build_dataset(name, root="datasets", split=None, context_classes=59):
-    """The data set `name` in folder `root`, with `name`, `split`, `classes`, `ids`, `labelled`; items: image uint8
-    (3, H, W), label uint8 (H, W). An image without a label has one of 255s. UserError says what is missing.
+    """The data set `name` in folder `root`. Items: image uint8 (3, H, W), label uint8 (H, W), all 255 if there is none.
+    Attributes: `name`, `split`, `classes`, `ids`, `labelled`, `endless` (drawn as asked for, never the same again) and
+    `scales` (of TrainView). UserError says what is missing.
 
     split: the name of a list of the data set; by default the one for validation.
     context_classes: for PASCAL Context, 60 to learn everything else as a class of its own, otherwise 59.
@@ -90,7 +91,7 @@ class Pairs(Dataset):
     def __init__(self, name, split, classes, ids, images, labels, table):
         self.name, self.split, self.classes, self.table = name, split, classes, table
         self.labelled = labels is not None
-        # Arrays: of a list every entry has a reference count, and counting copies it into every worker's memory.
+        # Arrays, not lists: workers count references to a list's entries, which copies the memory they share.
         self.ids, self.images, self.labels = np.array(ids), np.array(images), np.array(labels or [])
 
     def __len__(self):
@@ -123,7 +124,7 @@ class Drawn(Dataset):
             raise UserError(f"{name} has no split {split!r}: there are train and val")
         self.name, self.split, self.endless = name, split, split == "train"
         self.draw, count, self.classes = drawn.PICTURES[name]
-        self.ids = np.array([f"{name.removesuffix('s')}{i:02d}" for i in range(count)])
+        self.ids = np.array([f"{name}{i:02d}" for i in range(count)])
 
     def __len__(self):
         return len(self.ids)
@@ -273,7 +274,7 @@ def read_image(path, turn=False):
             pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))  # (H, W, 3)
             return torch.from_numpy(pixels).permute(2, 0, 1)  # (3, H, W)
     except Exception as error:  # noqa: BLE001 - Pillow raises many kinds for broken files
-        raise UserError(f"{path}: cannot be read as an image ({brief(error)}): unpack or fetch it again") from None
+        raise UserError(f"{path}: cannot be read as an image ({brief(error)}): replace this file") from None
 
 
 def read_label(path):
@@ -294,7 +295,7 @@ def read_label(path):
             raise ValueError("it holds values that are no label numbers")
         return numbers
     except Exception as error:  # noqa: BLE001 - Pillow and scipy raise many kinds for broken files
-        raise UserError(f"{path}: cannot be read as a label ({brief(error)}): unpack or fetch it again") from None
+        raise UserError(f"{path}: cannot be read as a label ({brief(error)}): replace this file") from None
 
 
 def read_mat(path):
@@ -325,9 +326,9 @@ class TrainView(Dataset):
         rng = np.random.default_rng((self.seed, iteration, index))
         image, label = self.data[index]  # (3, H, W), (H, W)
         scale, flip = rng.choice(self.data.scales), rng.random() < 0.5
-        # Cut crop / scale pixels out of the source, then scale that piece to the crop, in uint8.
-        # differs: the released code scales the whole image first, in floating point: slower, the same distribution up
-        # to the rounding of crop / scale. There labels are slightly misaligned; here they share the image's grid.
+        # Cut crop / scale pixels out of the source, then scale that piece alone, in uint8.
+        # differs: the released code scales the whole image first, which is slower. Up to rounding, the crops have one
+        # distribution; here the label's pixels lie on the image's grid (README, Differences).
         top, height, new_height = self.cut(rng, image.shape[1], scale)
         left, width, new_width = self.cut(rng, image.shape[2], scale)
         image = image[:, top:top + height, left:left + width]  # (3, height, width)
@@ -336,7 +337,7 @@ class TrainView(Dataset):
             image = F.interpolate(image[None], (new_height, new_width), mode="bilinear", align_corners=True)[0]
             rows, columns = (np.floor(np.linspace(0, old - 1, new) + 0.5).astype(int)
                              for old, new in ((height, new_height), (width, new_width)))  # the nearest pixels
-            label = torch.from_numpy(label.numpy()[rows][:, columns])  # (new_height, new_width)  numpy is the fastest
+            label = torch.from_numpy(label.numpy()[rows][:, columns])  # (new_height, new_width)
         # differs: the released code pads with 0 after normalisation; the mean colour becomes 0 to within 0.01.
         padded = MEAN_COLOUR.repeat(1, self.crop, self.crop)  # (3, crop, crop)
         padded[:, :new_height, :new_width] = image
@@ -352,11 +353,11 @@ class TrainView(Dataset):
 
 
 class Schedule:
-    """Batch sampler: yields the lists of (iteration, index) that this process reads. The global batch, a function of
-    (seed, iteration) and of nothing else, is cut into `accumulate` parts, and each part shared by `world` processes.
+    """Batch sampler: for each backward pass of `iterations`, counted from 1, the (iteration, index) of this process.
 
-    iterations: those to read, counted from 1. An epoch is a fresh shuffle; what does not fill its last batch is left
-    out. A batch of 16 with world 2 and accumulate 2: rank 0 reads its images 0, 2, 4, 6, then 8, 10, 12, 14.
+    A global batch is a function of (seed, iteration) and of nothing else. It is cut into `accumulate` parts, each dealt
+    out to `world` processes: of 16 images, with 2 and 2, rank 0 reads numbers 0, 2, 4, 6, then 8, 10, 12, 14.
+    Every epoch is shuffled anew, and its last, incomplete batch is left out.
     """
 
     def __init__(self, data, batch_size, seed, iterations, rank=0, world=1, accumulate=1):
@@ -384,20 +385,19 @@ def mean_and_std(device):
 
 
 def normalise(images):
-    """Images uint8 (B, 3, H, W) -> float32 of ImageNet's mean and deviation, on their device."""
+    """Images uint8 (B, 3, H, W) -> float32, standardised by ImageNet's mean and deviation."""
     mean, std = mean_and_std(images.device)
     return (images.float() - mean) / std  # (B, 3, H, W)
 
 
 # ---- Colours
 def palette_of(classes):
-    """The colours of a data set's classes, uint8 (256, 3): VOC's, made of the bits of the index, three at a time, from
-    the top bits of R, G, B down. The first is black, which suits a background only: others begin with the second."""
-    index = np.arange(256)
+    """VOC's colours, uint8 (256, 3): the bits of a class index in turn give the highest bits of red, green and blue.
+    The first, black, is for a background: classes without one begin with the second."""
     palette = np.zeros((256, 3), np.uint8)
-    for triple in range(3):
-        for channel in range(3):
-            palette[:, channel] |= ((index >> (3 * triple + channel) & 1) << (7 - triple)).astype(np.uint8)
+    for c in range(256):
+        for bit in range(8):
+            palette[c, bit % 3] |= (c >> bit & 1) << (7 - bit // 3)
     if classes[0] != "background":
         palette[:IGNORE] = palette[1:]
     return palette

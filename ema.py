@@ -1,7 +1,7 @@
 """Expectation-maximization attention (Li et al., ICCV 2019): EMAU and its bases, and the network around it, EMANet.
 
     net = EMANet(num_classes=21, backbone="resnet50")
-    net = load_checkpoint("model.pth")                 # this project's files, or those of the released code
+    # or, from a file of this project or of the released code: net = load_checkpoint("model.pth")
     logits = net(images)                               # (B, 3, H, W) normalised -> (B, L, H, W)
 
 Shapes: B images, C channels, N = h * w pixels of one feature map, K bases, L classes; images are H x W, features h x w,
@@ -64,15 +64,15 @@ class EMAU(nn.Module):
         # uniform.
         for conv in (self.conv1, self.conv2[0]):
             nn.init.normal_(conv.weight, std=math.sqrt(2 / channels))
-        # With no gradient through EM conv1 never changes. Saying so here is what lets DistributedDataParallel work:
-        # it waits for a gradient from every parameter that asks for one.
+        # Frozen where EM passes no gradient on: DistributedDataParallel would wait for one.
         self.conv1.requires_grad_(gradient != "none")
 
     def forward(self, x):  # (B, C, h, w)
         residual = x
         x = self.pixels(x)  # (B, N, C)
         with torch.autocast(x.device.type, enabled=False):                     # sums over N pixels need float32
-            *_, (z, mu) = self.em(x)  # (B, N, K), (B, C, K)  of the last round
+            for z, mu in self.em(x):  # (B, N, K), (B, C, K)
+                pass                                                           # the last round's are kept
             if self.training and self.base_update == "average":
                 self.update_bases(mu)
             x = z @ mu.transpose(1, 2)  # (B, N, C)  X~, re-estimation, Eq. 14
@@ -88,8 +88,7 @@ class EMAU(nn.Module):
         network takes the last, visualize.py all."""
         if self.gradient == "none":
             x = x.detach()                                                     # EM is a constant to the backward pass
-        # A view is enough, though update_bases changes `mu` in place: the graph keeps lam * mu, which is a copy.
-        mu = self.mu.to(x.dtype).expand(x.shape[0], -1, -1)  # (B, C, K)
+        mu = self.mu.to(x.dtype).repeat(x.shape[0], 1, 1)  # (B, C, K)
         for _ in range(self.iterations):
             z = self.e_step(x, mu)  # (B, N, K)
             mu = self.m_step(x, z)  # (B, C, K)
@@ -104,7 +103,7 @@ class EMAU(nn.Module):
     def m_step(self, x, z):
         """Bases (Eq. 13): the mean of the pixels weighted by z, then the norm of Sec. 5.3."""
         mu = x.transpose(1, 2) @ z  # (B, C, K)  sum over n of z_nk x_n
-        # differs: the released code divides by the sum of z_nk before L2Norm too. Both norms cancel that factor.
+        # differs: the released code divides by the sum of z_nk in any case. Both norms cancel that factor.
         if self.base_norm == "l2":
             return mu / (mu.norm(dim=1, keepdim=True) + 1e-12)  # (B, C, K)  finite for an empty basis
         if self.base_norm == "layer":
@@ -114,7 +113,7 @@ class EMAU(nn.Module):
     @torch.no_grad()
     def update_bases(self, mu):
         """Moving average of mu^(0) (Eq. 15): the mean of mu^(T) over the global batch, then the momentum."""
-        # differs: the released code does this in its training loop, so that elsewhere its EMAU never updates them.
+        # differs: the released code does this in its training loop.
         mean = mu.mean(dim=0, keepdim=True)  # (1, C, K)
         if dist.is_available() and dist.is_initialized():
             # Averaged before the momentum: DistributedDataParallel hands rank 0's buffers to all, and the other
@@ -217,7 +216,7 @@ class EMANet(nn.Module):
     def head(self, x):
         """Attention and classifier: features (B, C, h, w) -> logits (B, L, h, w) in at least float32."""
         x = self.decoder(self.attention(x))  # (B, C or 256, h, w)
-        with torch.autocast(x.device.type, enabled=False):                     # in bfloat16 the largest logits tie
+        with torch.autocast(x.device.type, enabled=False):                     # bfloat16 is too coarse: logits tie
             return self.classifier(at_least_float32(x))  # (B, L, h, w)
 
     def set_output_stride(self, output_stride):

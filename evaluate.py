@@ -25,7 +25,7 @@ from data import DATASETS, build_dataset, normalise, palette_of, save_index_png
 from ema import EMAU, load_checkpoint
 
 TIMEOUT = 600                                           # seconds until a process or worker that hangs ends the job
-MS_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)           # of two forks of the released code, which has none
+MS_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)           # two forks of the released code have these, itself none
 
 
 # ---- Prediction
@@ -61,7 +61,7 @@ def pad(images, stride):
 # ---- The metric
 def confusion_matrix(prediction, label, num_classes):
     """Counts int64 (L, L): rows the label's class, columns the predicted one. Label 255 does not count."""
-    # Ignored pixels are counted too, in rows L..255, and cut off: cheaper than picking the others out by a mask.
+    # Label 255 lands in row 255, which is cut off.
     cells = label.flatten().long() * num_classes + prediction.flatten()  # (H * W,)
     return torch.bincount(cells, minlength=256 * num_classes)[:num_classes ** 2].view(num_classes, num_classes)
 
@@ -104,7 +104,7 @@ def evaluate(net, data, device, *, ms_flip=False, amp=None, workers=2, save_png=
             save_index_png(prediction.cpu().numpy(), Path(save_png) / f"{data.ids[i]}.png", palette)
         if progress and time.time() - reported > 5:
             reported = time.time()
-            left = timedelta(seconds=int((reported - start) / (i + 1) * (len(data) - i - 1)))      # all advance alike
+            left = timedelta(seconds=int((reported - start) / (i + 1) * (len(data) - i - 1)))      # if all are as fast
             print_on_rank0(f"  {i + 1}/{len(data)} images | eta {left}")
     if world > 1:
         dist.all_reduce(confusion)
@@ -116,86 +116,6 @@ def summary(data, result, ms_flip=False):
     return (f"eval {data.name} {data.split} {'ms-flip' if ms_flip else 'ss'} | mIoU {100 * result['miou']:.2f} | "
             f"pixAcc {100 * result['pixacc']:.2f} | mAcc {100 * result['macc']:.2f} | {result['images']} images | "
             f"{result['seconds']:.0f} s")
-
-
-# ---- Processes and devices
-def init_distributed(device_name):
-    """The device of this process. Under torchrun it joins the group of processes."""
-    device = pick_device(device_name)
-    if "WORLD_SIZE" not in os.environ:
-        return device
-    if device.type == "mps":
-        raise UserError("several processes cannot share mps: use --device cpu, or one process")
-    if device.type == "cuda":
-        local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if count > 1 and local >= count:                 # with 1, a launcher may show each process its own GPU
-            raise UserError(f"there are {count} GPUs: torchrun --nproc_per_node={count} at most")
-        device = torch.device("cuda", local % count)
-        torch.cuda.set_device(device)
-    # gloo beside nccl: the processes agree on when to stop without waiting for the GPU
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    # torchrun's store outlives a restart: each start gets a part of its own, or gloo looks for those that died
-    store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=TIMEOUT)))
-    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT))
-    return device
-
-
-def rank_and_world():
-    """The number of this process, and how many there are: 0, 1 without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def print_on_rank0(text):
-    if rank_and_world()[0] == 0:
-        print(text, flush=True)
-
-
-def pick_device(name="auto"):
-    """torch.device for "auto" (cuda, then mps, then cpu) or a name. UserError if it is not there."""
-    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    if name not in ("auto", *there, *(f"cuda:{i}" for i in range(torch.cuda.device_count()))):
-        raise UserError(f"--device {name}: torch sees {', '.join(there)} here")
-    return torch.device(there[0] if name == "auto" else name)
-
-
-def pick_amp(choice, device):
-    """bfloat16 where the hardware supports it, else None. It needs no gradient scaler, as float16 would."""
-    if choice == "auto" and device.type == "cuda":
-        choice = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "off"
-    if choice == "auto" and device.type == "cpu":
-        choice = "bf16" if torch.cpu._is_avx512_bf16_supported() else "off"
-    return torch.bfloat16 if choice == "bf16" else None
-
-
-def memory_format(device):
-    """The layout convolutions are fast in."""
-    # On mps the backward pass of BN is wrong, or fails, in channels_last (pytorch issues 134580, 175189).
-    return torch.contiguous_format if device.type == "mps" else torch.channels_last
-
-
-def make_loader(data, device, workers, **sampling):
-    return DataLoader(data, num_workers=workers, pin_memory=device.type == "cuda", worker_init_fn=ignore_group_signals,
-                      timeout=TIMEOUT if workers else 0, **sampling)
-
-
-def ignore_group_signals(worker_id):
-    """Keeps Ctrl-C and torchrun's SIGTERM from a worker: the run still needs it to finish the step."""
-    os.setpgrp()
-
-
-def run(main):
-    """Runs a script's main, which may return the exit status. A mistake the user can correct becomes one line."""
-    try:
-        status = main()
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except torch.OutOfMemoryError as error:
-        sys.exit(f"error: the GPU's memory ran out ({brief(error)}): see README, Memory runs out")
-    if dist.is_initialized():
-        dist.barrier()                                   # torch 2.10's gloo can hang when a process leaves early
-        dist.destroy_process_group()
-    sys.exit(status)
 
 
 # ---- The script
@@ -260,6 +180,86 @@ def main(argv=None):
         print_on_rank0(summary(data, result, args.ms_flip))
     else:
         print_on_rank0(f"wrote {len(data)} predictions to {args.save_png} (no labels to score them by)")
+
+
+# ---- Processes and devices, for all scripts. Nothing here concerns the method
+def init_distributed(device_name):
+    """The device of this process. Under torchrun it joins the group of processes."""
+    device = pick_device(device_name)
+    if "WORLD_SIZE" not in os.environ:
+        return device
+    if device.type == "mps":
+        raise UserError("several processes cannot share mps: use --device cpu, or one process")
+    if device.type == "cuda":
+        local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if count > 1 and local >= count:                 # with 1, a launcher may show each process its own GPU
+            raise UserError(f"there are {count} GPUs: torchrun --nproc_per_node={count} at most")
+        device = torch.device("cuda", local % count)
+        torch.cuda.set_device(device)
+    # gloo beside nccl: the processes agree on when to stop without waiting for the GPU
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    # After torchrun's --max-restarts the store still holds the addresses of those that died: a prefix for each start
+    store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=TIMEOUT)))
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT))
+    return device
+
+
+def rank_and_world():
+    """The number of this process, and how many there are: 0, 1 without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def print_on_rank0(text):
+    if rank_and_world()[0] == 0:
+        print(text, flush=True)
+
+
+def pick_device(name="auto"):
+    """torch.device for "auto" (cuda, then mps, then cpu) or a name. UserError if it is not there."""
+    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    if name not in ("auto", *there, *(f"cuda:{i}" for i in range(torch.cuda.device_count()))):
+        raise UserError(f"--device {name}: torch sees {', '.join(there)} here")
+    return torch.device(there[0] if name == "auto" else name)
+
+
+def pick_amp(choice, device):
+    """The dtype of autocast, or None. auto: bfloat16 where it is fast. It needs no gradient scaler, unlike float16."""
+    if choice == "auto" and device.type == "cuda":
+        choice = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "off"
+    if choice == "auto" and device.type == "cpu":
+        choice = "bf16" if torch.cpu._is_avx512_bf16_supported() else "off"
+    return torch.bfloat16 if choice == "bf16" else None
+
+
+def memory_format(device):
+    """The layout convolutions are fast in."""
+    # On mps the backward pass of BN is wrong, or fails, in channels_last (pytorch issues 134580, 175189).
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
+
+
+def make_loader(data, device, workers, **sampling):
+    return DataLoader(data, num_workers=workers, pin_memory=device.type == "cuda", worker_init_fn=ignore_group_signals,
+                      timeout=TIMEOUT if workers else 0, **sampling)
+
+
+def ignore_group_signals(worker_id):
+    """Keeps Ctrl-C and torchrun's SIGTERM from a worker: the run still needs it to finish the step."""
+    os.setpgrp()
+
+
+def run(main):
+    """Runs a script's main, which may return the exit status. A mistake the user can correct becomes one line."""
+    try:
+        status = main()
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"error: the GPU's memory ran out ({brief(error)}): see README, Memory runs out")
+    if dist.is_initialized():
+        dist.barrier()                                   # torch 2.10's gloo can hang when a process leaves early
+        dist.destroy_process_group()
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,10 @@
     python train.py --dataset voc --resume auto                        # continue an interrupted run
 
 Writes to --out: model.pth (the network as last validated, for evaluate.py and visualize.py), last.pth (everything
-needed to continue) and log.jsonl (one line of numbers per printed line).
+needed to continue) and log.jsonl (the settings, then the numbers of every line that is printed).
 """
 import argparse
+import inspect
 import json
 import os
 import signal
@@ -41,19 +42,18 @@ from evaluate import (
     summary,
 )
 
-# The recipes: for each data set the values of the flags that are not given (marked * in --help). They are the paper's
-# (Sec. 6.1); what it leaves open, BN momentum and gradient, is as in the released code. bn_momentum, eval_output_stride
-# and layers have no flag.
+# The recipes: for each data set the defaults of the flags marked * in --help, and eval_output_stride and layers, which
+# have no flag. PAPER is Sec. 6.1; what that leaves open, the gradient, is as in the released code.
 PAPER = {"split": "trainaug", "backbone": "resnet101", "stem": "7x7", "weights": "imagenet", "output_stride": 16,
-         "eval_output_stride": 8, "crop": 513, "batch_size": 16, "iters": 30000, "lr": 0.009, "bn_momentum": 3e-4,
-         "channels": 512, "decoder": False, "eval_every": 3000, "layers": 4, "gradient": "none"}
-# Scenes are a smoke test for any laptop: a small network from scratch, so a large lr and BN momentum.
+         "eval_output_stride": 8, "crop": 513, "batch_size": 16, "iters": 30000, "lr": 0.009, "channels": 512,
+         "decoder": False, "eval_every": 3000, "layers": 4, "gradient": "none"}
+# Scenes are a smoke test for any laptop: a small network from scratch, so a large lr.
 SCENES = PAPER | {"split": "train", "backbone": "resnet18", "weights": "none", "output_stride": 8, "crop": 97,
-                  "iters": 360, "lr": 0.1, "channels": 128, "eval_every": 180, "bn_momentum": 0.025}
+                  "iters": 360, "lr": 0.1, "channels": 128, "eval_every": 180}
 # Cells ask whether attention brings in what lies far away: a network that by itself sees little of the image.
 # differs: all rounds in the graph. Without, the attention fails at this task (extras/evidence).
 CELLS = SCENES | {"layers": 2, "gradient": "full", "crop": 193, "batch_size": 8, "iters": 400, "lr": 0.03,
-                  "eval_every": 400, "bn_momentum": 0.0225}
+                  "eval_every": 400}
 RECIPES = {
     "voc": PAPER,
     "context": PAPER | {"split": "train", "iters": 15000, "eval_every": 1500},
@@ -67,9 +67,8 @@ RECIPES = {
     "scenes": SCENES, "cells": CELLS, "cells-key": CELLS, "cells-local": CELLS}
 # --recipe released: VOC, where the released code differs from the paper.
 RELEASED = PAPER | {"output_stride": 8, "stem": "deep", "weights": "resnet101-2a57e44d.pth", "decoder": True}
-# The settings that EMANet has under the same names, and those that may change when a run is resumed
-NETWORK = ("backbone", "stem", "output_stride", "channels", "attention", "num_bases", "em_iterations", "lam", "alpha",
-           "base_update", "base_norm", "gradient", "decoder", "bn_momentum", "layers")
+# The settings that are EMANet's arguments, under the same names, and those that may change when a run is resumed
+NETWORK = [name for name in inspect.signature(EMANet).parameters if name not in ("num_classes", "weights")]
 MAY_CHANGE = ("data_root", "workers", "device", "out", "resume", "eval_every", "compile")
 
 
@@ -112,7 +111,7 @@ def parse_args(argv=None):
     add("--resume", metavar="auto|FILE", help="continue from --out's last.pth, if there is one, or from a file")
     add("--eval-every", type=int, metavar="ITERS", help="iterations between validations *")
     add("--amp", choices=("auto", "bf16", "off"), default="auto", help="bfloat16 autocast (default: where it is fast)")
-    add("--compile", action="store_true", help="torch.compile the training step")
+    add("--compile", action="store_true", help="torch.compile the network, for training")
     add("--device", default="auto", help="auto (cuda, then mps, then cpu) or a torch device")
     # The recipe depends on two flags, which are read first; its values then are the defaults of the others.
     first, _ = parser.parse_known_args(argv)
@@ -125,10 +124,9 @@ def parse_args(argv=None):
                        "iters": 1, "eval_every": 1, "seed": 0, "workers": 0, "lr": 0, "lam": 0, "alpha": 0}.items():
         if getattr(args, key) < least:
             raise UserError(f"--{key.replace('_', '-')} {getattr(args, key)}: must be at least {least}")
-    # BN's running statistics average over about 1 / momentum iterations, and begin far off. The paper's 30,000 are nine
-    # times that; a run shorter than its recipe gets nine as well, or it would be evaluated with half-initial ones.
-    if args.iters < recipe["iters"]:
-        args.bn_momentum = min(0.1, max(args.bn_momentum, 9 / args.iters))
+    # BN's running statistics need about 9 / momentum iterations to settle.
+    # differs: the released code's 3e-4 for any length; here for the paper's 30,000 iterations and more.
+    args.bn_momentum = min(0.1, max(3e-4, 9 / args.iters))
     return args
 
 
@@ -189,7 +187,7 @@ def training_step(model, optimizer, loader, *, lr, accumulate, device, amp):
     return loss, data_seconds                                                  # no .item(): the device need not wait
 
 
-# ---- Starting, resuming, stopping
+# ---- The run
 def build_datasets(args):
     """The data sets for training and validation; no validation for a folder without a list for it."""
     data = build_dataset(args.dataset, args.data_root, args.split, args.context_classes)
@@ -210,100 +208,6 @@ def build_network(args, num_classes, weights):
     return EMANet(num_classes, weights=weights, **settings)
 
 
-def load_init(net, path):
-    """Starts from the network of a checkpoint; with a new classifier where the number of classes differs."""
-    source = load_checkpoint(path)
-    state, old, new = source.state_dict(), source.config["num_classes"], net.config["num_classes"]
-    if old != new:
-        print_on_rank0(f"{path} has {old} classes, the data set {new}: the classifier is a new one")
-        state |= {key: value for key, value in net.state_dict().items() if key.startswith("classifier.")}
-    try:
-        net.load_state_dict(state)
-    except RuntimeError as error:
-        raise UserError(f"{path}: another network than the one asked for ({brief(error)}): give the --backbone, "
-                        "--stem, --channels ... it was made with") from None
-
-
-def find_checkpoint(args):
-    """The checkpoint to continue from, or None for a run that begins. An existing run is never overwritten."""
-    out = Path(args.out)
-    path = Path(args.resume) if args.resume else None
-    if args.resume == "auto":
-        path = out / "last.pth" if (out / "last.pth").exists() else None
-    if out.exists() and (path is None or path.resolve().parent != out.resolve()):
-        ours = {"log.jsonl", "last.tmp"} if args.resume else set()   # of a run killed before its first checkpoint
-        if {file.name for file in out.iterdir()} - ours:
-            raise UserError(f"{out} is not empty: --resume auto continues from its last.pth, --out DIR starts another run")
-    if path is None:
-        return None
-    checkpoint = read_checkpoint(path)
-    if "optimizer" not in checkpoint:
-        raise UserError(f"{path}: a network, not a run: --resume takes a last.pth, --init starts from a network")
-    return checkpoint
-
-
-def check_same_run(config, checkpoint):
-    """UserError if a run would continue with other settings or other data than it was started with."""
-    for part in ("training", "data"):
-        before = checkpoint["config"].get(part, {})
-        for key, value in config[part].items():
-            if before.get(key) != value:
-                was, now = str(before.get(key))[:60], str(value)[:60]
-                raise UserError(f"the run was started with another {key.replace('_', '-')} ({was}, not {now}): keep "
-                                "it, or start another run with --out DIR")
-
-
-def check_finite(losses, net, *, iteration, data, schedule):
-    """UserError if one of the losses (iterations,), the last that of `iteration`, or a weight is not finite."""
-    bad = losses.isfinite().logical_not().nonzero().flatten().tolist()
-    if not bad and all(p.isfinite().all() for p in net.parameters()):
-        return
-    if bad:
-        iteration -= len(losses) - 1 - bad[0]                                  # the first of them
-    images = ", ".join(str(i if data.endless else data.ids[i]) for i in schedule.indices(iteration))
-    raise UserError(f"the {'loss' if bad else 'update'} of iteration {iteration} is not finite (images {images}): "
-                    "look at these images, or start again with a lower --lr and another --out")
-
-
-SIGNALS = []                  # those that asked this process to stop
-
-
-def ask_to_stop(number, frame):
-    """The first Ctrl-C or SIGTERM: stop after this iteration (and its validation), all saved. A second one kills."""
-    SIGNALS.append(number)
-    signal.signal(number, signal.SIG_DFL)
-
-
-def signal_to_stop():
-    """The number of the signal that asked any of the processes to stop, or 0."""
-    number = torch.tensor(max(SIGNALS, default=0))
-    if dist.is_initialized():
-        dist.all_reduce(number, dist.ReduceOp.MAX)                             # on the CPU: the GPU need not wait
-    return number.item()
-
-
-# ---- Logging
-def write_log(path, **record):
-    if rank_and_world()[0] == 0:
-        try:
-            with open(path, "a") as file:
-                file.write(json.dumps(record) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write {path} ({error}): make room, then --resume auto continues") from None
-
-
-def log_iterations(path, args, device, *, iteration, loss, lr, seconds, data_seconds):
-    """Prints and writes a line about the latest iterations: mean loss, seconds each took, and waited for data."""
-    memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
-    eta = timedelta(seconds=int(seconds * (args.iters - iteration)))
-    print_on_rank0(f"iter {iteration:6d}/{args.iters} | loss {loss:.4f} | lr {lr:.2e} | {1000 * seconds:.0f} ms (data "
-                   f"{100 * data_seconds / seconds:.0f}%) | {args.batch_size / seconds:.1f} img/s | mem {memory:.1f} GB"
-                   f" | eta {eta}")
-    write_log(path, iteration=iteration, loss=loss, lr=lr, ms=1000 * seconds, data_ms=1000 * data_seconds,
-              memory_gb=memory)
-
-
-# ---- The script
 def train(args):
     # processes
     device = init_distributed(args.device)
@@ -320,9 +224,10 @@ def train(args):
     data, val = build_datasets(args)
     checkpoint = find_checkpoint(args)
 
-    # network. Only rank 0 needs weights: DistributedDataParallel broadcasts them.
+    # network
     torch.manual_seed(args.seed)
-    net = build_network(args, len(data.classes), "none" if checkpoint or args.init or rank else args.weights)
+    needs_weights = rank == 0 and not (checkpoint or args.init)  # DistributedDataParallel hands them to the others
+    net = build_network(args, len(data.classes), args.weights if needs_weights else "none")
     config = {"network": net.config | {"output_stride": args.eval_output_stride},
               "data": {"dataset": data.name, "classes": list(data.classes), "images": len(data)},
               "training": {key: value for key, value in vars(args).items() if key not in MAY_CHANGE}}
@@ -348,21 +253,11 @@ def train(args):
     schedule = Schedule(data, args.batch_size, args.seed, iterations, rank, world, args.accumulate)
     loader = iter(make_loader(TrainView(data, args.crop, args.seed), device, args.workers, batch_sampler=schedule))
 
-    # all checks have passed: the output folder, and all that is needed to compare a run, or to repeat it
+    # all checks have passed: the output folder
     out, log = Path(args.out), Path(args.out) / "log.jsonl"
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-    machine = f"{world} x {torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type}, " \
-              f"{'bfloat16' if amp else 'float32'}, torch {torch.__version__}, torchvision {torchvision.__version__}"
+    out.mkdir(parents=True, exist_ok=True)
     weights = f"the checkpoint of iteration {start}" if checkpoint else args.init or net.backbone.weights_origin
-    print_on_rank0("settings " + " ".join(f"{key}={value}" for key, value in vars(args).items()) + "\n"
-                   f"weights  {weights}\n"
-                   f"data     {data.name} {data.split}: {'endless' if data.endless else len(data)} images, "
-                   f"{len(data.classes)} classes; validation: {len(val) if val else 'none'}\n"
-                   f"machine  {machine}")
-    write_log(log, args=vars(args), machine=machine)
-    if checkpoint and rank == 0 and checkpoint["validated"]:     # it may have been killed between the two files
-        save_checkpoint({"model": net.state_dict(), "config": config}, out / "model.pth")
+    log_start(log, args, data, val, weights=weights, device=device, amp=amp)
 
     log_every = max(1, min(50, args.iters // 50))
     save_every = max(100, min(1000, args.iters // 10))           # last.pth, however rare the validations are
@@ -391,7 +286,7 @@ def train(args):
                            seconds=(time.time() - since) / len(losses), data_seconds=waited / len(losses))
 
         # validate and save
-        if save and world > 1:                                   # plain BN's statistics differ: those of rank 0 count
+        if save and world > 1:                                   # without SyncBN each has its own statistics: rank 0's
             for buffer in net.buffers():
                 dist.broadcast(buffer, 0)
         if validate and val:
@@ -402,10 +297,9 @@ def train(args):
             write_log(log, iteration=iteration, **{f"val_{key}": value for key, value in result.items()})
         if save and rank == 0:
             saved = {"model": net.state_dict(), "config": config}
-            rest = {"optimizer": optimizer.state_dict(), "iteration": iteration, "validated": validate}
-            save_checkpoint(saved | rest, out / "last.pth")
-            if validate:
+            if validate:                                         # first: after a kill in between it is validated again
                 save_checkpoint(saved, out / "model.pth")
+            save_checkpoint(saved | {"optimizer": optimizer.state_dict(), "iteration": iteration}, out / "last.pth")
         if stop and iteration < args.iters:
             print_on_rank0(f"stopped after iteration {iteration}, all saved: --resume auto continues")
             return 128 + stop
@@ -418,6 +312,114 @@ def train(args):
                    f"next: python evaluate.py --ckpt {out}/model.pth{where}\n"
                    f"      python visualize.py --ckpt {out}/model.pth{where}")
     return 0
+
+
+# ---- Starting, resuming, stopping
+def load_init(net, path):
+    """Starts from the network of a checkpoint; with a new classifier where the number of classes differs."""
+    source = load_checkpoint(path)
+    state, old, new = source.state_dict(), source.config["num_classes"], net.config["num_classes"]
+    if old != new:
+        print_on_rank0(f"{path} has {old} classes, the data set {new}: the classifier is a new one")
+        state |= {key: value for key, value in net.state_dict().items() if key.startswith("classifier.")}
+    try:
+        net.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"{path}: another network than the one asked for ({brief(error)}): give the --backbone, "
+                        "--stem, --channels ... it was made with") from None
+
+
+def find_checkpoint(args):
+    """The checkpoint to continue from, or None for a run that begins. An existing run is never overwritten."""
+    out = Path(args.out)
+    path = Path(args.resume) if args.resume else None
+    if args.resume == "auto":
+        path = out / "last.pth"
+        if not path.exists() and not (out / "model.pth").exists():
+            return None                          # it begins, also where it was killed before its first checkpoint
+    elif out.exists() and any(out.iterdir()) and (path is None or path.resolve().parent != out.resolve()):
+        raise UserError(f"{out} is not empty: --resume auto continues the run in it, --out DIR starts another")
+    if path is None:
+        return None
+    checkpoint = read_checkpoint(path)
+    if "optimizer" not in checkpoint:
+        raise UserError(f"{path}: a network, not a run: --resume takes a last.pth, --init starts from a network")
+    return checkpoint
+
+
+def check_same_run(config, checkpoint):
+    """UserError if a run would continue with other settings or other data than it was started with."""
+    for part in ("training", "data"):
+        before = checkpoint["config"].get(part, {})
+        for key, value in config[part].items():
+            if before.get(key) != value:
+                was, now = str(before.get(key))[:60], str(value)[:60]
+                raise UserError(f"the run was started with another {key.replace('_', '-')} ({was}, not {now}): keep "
+                                "it, or start another run with --out DIR")
+
+
+def check_finite(losses, net, *, iteration, data, schedule):
+    """UserError if one of the losses (iterations,), the last that of `iteration`, or a weight is not finite."""
+    bad = losses.isfinite().logical_not().nonzero().flatten().tolist()
+    if not bad and all(p.isfinite().all() for p in net.parameters()):
+        return
+    if bad:
+        first = iteration - len(losses) + 1
+        iteration = first + bad[0]
+    images = ", ".join(str(i if data.endless else data.ids[i]) for i in schedule.indices(iteration))
+    raise UserError(f"the {'loss' if bad else 'update'} of iteration {iteration} is not finite (images {images}): "
+                    "look at these images, or start again with a lower --lr and another --out")
+
+
+SIGNALS = []                  # those that asked this process to stop
+
+
+def ask_to_stop(number, frame):
+    """The first Ctrl-C or SIGTERM: stop after this iteration (and its validation), all saved. A second one kills."""
+    SIGNALS.append(number)
+    signal.signal(number, signal.SIG_DFL)
+
+
+def signal_to_stop():
+    """The number of the signal that asked any of the processes to stop, or 0."""
+    number = torch.tensor(max(SIGNALS, default=0))
+    if dist.is_initialized():
+        dist.all_reduce(number, dist.ReduceOp.MAX)                             # on the CPU: the GPU need not wait
+    return number.item()
+
+
+# ---- Logging
+def log_start(path, args, data, val, *, weights, device, amp):
+    """Prints and writes what one needs to know to compare a run with the paper, or to repeat it."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    machine = f"{rank_and_world()[1]} x {name}, {'bfloat16' if amp else 'float32'}, torch {torch.__version__}, " \
+              f"torchvision {torchvision.__version__}"
+    print_on_rank0("settings " + " ".join(f"{key}={value}" for key, value in vars(args).items()))
+    print_on_rank0(f"weights  {weights}")
+    print_on_rank0(f"data     {data.name} {data.split}: {'endless' if data.endless else len(data)} images, "
+                   f"{len(data.classes)} classes; validation: {len(val) if val else 'none'}")
+    print_on_rank0(f"machine  {machine}")
+    write_log(path, args=vars(args), machine=machine)
+
+
+def write_log(path, **record):
+    if rank_and_world()[0] == 0:
+        try:
+            with open(path, "a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {path} ({error}): make room, then --resume auto continues") from None
+
+
+def log_iterations(path, args, device, *, iteration, loss, lr, seconds, data_seconds):
+    """Prints and writes a line about the latest iterations: mean loss, seconds each took, and waited for data."""
+    memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
+    eta = timedelta(seconds=int(seconds * (args.iters - iteration)))
+    print_on_rank0(f"iter {iteration:6d}/{args.iters} | loss {loss:.4f} | lr {lr:.2e} | {1000 * seconds:.0f} ms (data "
+                   f"{100 * data_seconds / seconds:.0f}%) | {args.batch_size / seconds:.1f} img/s | mem {memory:.1f} GB"
+                   f" | eta {eta}")
+    write_log(path, iteration=iteration, loss=loss, lr=lr, ms=1000 * seconds, data_ms=1000 * data_seconds,
+              memory_gb=memory)
 
 
 def main(argv=None):

@@ -113,7 +113,7 @@ def grid(rows):
 
 # ---- The script
 def own_images(path):
-    """Yields name, image uint8 (3, H, W), turned as EXIF says, and None as label: of a file, or of a folder's images."""
+    """Yields name, image uint8 (3, H, W), turned as EXIF says, and no label, None: of a file, or a folder's images."""
     files = [Path(path)]
     if files[0].is_dir():
         files = sorted(file for file in files[0].iterdir() if file.suffix.lower() in SUFFIXES)
@@ -133,8 +133,8 @@ def images_of(data, count):
 
 
 def shrink(image, longer_side):
-    """Brings an image of one's own, uint8 (3, H, W), down to so many pixels, if it has more: the network knows objects
-    at the size they have in its training images, and 12 megapixels would not fit into memory."""
+    """Shrinks an image uint8 (3, H, W) to this longer side at most: things then are about as large as in training, and
+    memory suffices."""
     image = to_pil(image)
     image.thumbnail((longer_side, longer_side), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, H', W')
