@@ -146,12 +146,11 @@ def test_unwritable_out_is_one_line(out, command, tmp_path):
 
 
 # ---- Signals, lost processes and workers, numbers that are not finite
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number, rank", [(signal.SIGINT, 0), (signal.SIGTERM, None)])
 @pytest.mark.parametrize("world", [1, 2])
-def test_signal_ends_the_step_and_saves(number, world, command, straight, tmp_path):
-    """Ctrl-C or SIGTERM to the whole group of a process, its workers alive, or to one of two processes: all finish the
-    same step, save, and leave with 128 + n; going on gives what an undisturbed run gives."""
-    hook = partial(at_call, "train.training_step", 3, f"signal {number} to the group", rank=world - 1)
+def test_signal_ends_the_step_and_saves(number, rank, world, command, straight, tmp_path):
+    """Ctrl-C to one process and its workers, or SIGTERM to all: all end the same step, save, leave with 128 + n."""
+    hook = partial(at_call, "train.training_step", 3, f"signal {number} to the group", rank=rank)
     for status, _, err in launch(tmp_path, command + " --workers 2", hook, world):
         assert status == 128 + number and not err, (status, err)
     assert "stopped after iteration 3, all saved" in (tmp_path / "stdout0").read_text()
@@ -228,12 +227,13 @@ def test_loss_that_is_not_finite_stops_the_run(world, command, straight, folder,
     check_same_end(tmp_path / "run", straight(world))
 
 
-def test_weights_that_are_not_finite_stop_the_run():
-    """An update that leaves no finite weights is noticed in the same iteration."""
+def test_first_iteration_that_is_not_finite_is_named():
+    """Of several losses that are not finite the first is named; so is an update that leaves no finite weights."""
     net, pictures, schedule = torch.nn.Linear(1, 1), SimpleNamespace(endless=True), SimpleNamespace(indices=range)
     net.weight.data.fill_(np.inf)
-    with pytest.raises(UserError, match="update of iteration 2 is not finite"):
-        train.check_finite(torch.ones(1), net, iteration=2, data=pictures, schedule=schedule)
+    for losses, words in (([1.0], "update of iteration 5"), ([1.0, np.nan, np.nan], "loss of iteration 4")):
+        with pytest.raises(UserError, match=f"{words} is not finite"):
+            train.check_finite(torch.tensor(losses), net, iteration=5, data=pictures, schedule=schedule)
 
 
 def test_matrix_is_the_same_for_any_number_of_processes(folder, tmp_path):
@@ -566,7 +566,7 @@ def save_confusions(root, folder, world):
 
 
 # ---- Machinery: processes. Importing torch takes seconds, so children are forked from a server that has imported it.
-# What a test does to a child goes through a hook that is called there before the script; mostly at_call, with an action.
+# What a test does to a child goes through a hook that is called there before the script: mostly at_call and an action.
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["test_extras"])
 os.environ["PYTHONPATH"] = f"{HERE}{os.pathsep}{HERE / 'extras'}"
@@ -647,13 +647,13 @@ def torchrun(cwd, command, hook, *flags):
 
 
 def at_call(place, number, action, rank=0, timeout=600):
-    """The n-th call of a function in this process, on one rank, is this action's, which may call the original."""
+    """The n-th call of a function, on one rank or all (None), is this action's, which may call the original."""
     owner, name = place.split(".")
     owner = {"train": train, "evaluate": evaluate, "data": data, "torch": torch, "os": os}[owner]
     original, count, evaluate.TIMEOUT = getattr(owner, name), itertools.count(1), timeout
 
     def changed(*args, **options):
-        if next(count) == number and rank == int(os.environ.get("RANK", "0")):
+        if next(count) == number and rank in (None, int(os.environ.get("RANK", "0"))):
             return ACTIONS[action](partial(original, *args, **options))
         return original(*args, **options)
     setattr(owner, name, changed)
