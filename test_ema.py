@@ -2,7 +2,6 @@
 
 Kills, signals and broken files: extras/test_extras.py. What the tests are made with is at the end of the file.
 """
-import contextlib
 import hashlib
 import io
 import json
@@ -262,7 +261,8 @@ def test_save_reaches_the_disk_before_it_replaces(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name, depths, classes, prefix, entries", [
-    ("resnet50", (3, 4, 6, 3), 21, "", 353), ("resnet101", (3, 4, 23, 3), 60, "module.", 659)])
+    ("resnet50", (3, 4, 6, 3), 21, "", 353), ("resnet101", (3, 4, 23, 3), 60, "module.", 659),
+    ("resnet152", (3, 8, 36, 3), 21, "", 965)])
 def test_released_checkpoint_computes_what_the_released_network_does(name, depths, classes, prefix, entries, tmp_path):
     """Sec. 6.1: a released file loads as it is and gives the released logits; evaluate.py asks for its data set."""
     torch.manual_seed(0)
@@ -501,17 +501,18 @@ def test_loss_is_the_sum_over_valid_by_all_pixels():
     assert loss.item() == 0 and torch.equal(logits.grad, torch.zeros_like(logits))
 
 
-def test_optimizer_decays_convolutions_only(tiny, monkeypatch):
+@pytest.mark.parametrize("options", [{}, {"base_update": "backprop", "gradient": "full"}])
+def test_optimizer_decays_convolutions_only(options, tiny, monkeypatch):
     """Sec. 6.1: SGD of momentum 0.9, decay 1e-4 for convolutions' weights alone, twice the lr for all biases."""
     monkeypatch.setattr(train, "batch_loss", lambda net, *_: sum(p.sum() for p in net.parameters()))   # gradients 1
-    net = small_net(decoder=True)
+    net = small_net(decoder=True, **options)
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
     optimizer = train.build_optimizer(net, 9.0)               # the step's lr counts, not this one
     for _ in range(2):
         train.training_step(net, optimizer, iter([None]), lr=0.2, accumulate=1, device=CPU, amp=None)
     for name, p in net.named_parameters():
         wanted, momentum = before[name], 0
-        for _ in range(0 if name.startswith("attention.conv1") else 2):                # that one is frozen
+        for _ in range(0 if name.startswith("attention.conv1") and not options else 2):          # frozen as released
             momentum = 0.9 * momentum + 1 + (1e-4 * wanted if p.ndim == 4 else 0)
             wanted = wanted - 0.2 * (2 if name.endswith("bias") else 1) * momentum
         assert torch.allclose(p, wanted, rtol=0, atol=2e-6), name
@@ -699,8 +700,7 @@ def test_metric_by_hand():
     result = evaluate.scores(confusion)
     assert result["iou"] == [2 / 4, 1 / 4, 2 / 3, None]
     assert [result[key] for key in ("miou", "pixacc", "macc")] == pytest.approx([17 / 36, 5 / 8, 2 / 3])
-    # Class 2 is predicted but never right: its IoU is 0 and counts, its accuracy is undefined and does not.
-    result = evaluate.scores(torch.tensor([[6, 0, 2], [1, 1, 0], [0, 0, 0]]))
+    result = evaluate.scores(torch.tensor([[6, 0, 2], [1, 1, 0], [0, 0, 0]]))          # class 2: IoU 0, no accuracy
     assert [result[key] for key in ("miou", "pixacc", "macc")] == pytest.approx([(6 / 9 + 1 / 2) / 3, 7 / 10, 5 / 8])
 
 
@@ -980,7 +980,7 @@ def released_logits(state, images, depths, num_classes):
     x = F.relu(bn(conv(images, "extractor.0.0", 64, 3, stride=2), "extractor.0.1"))
     x = F.relu(bn(conv(x, "extractor.0.3", 64, 3), "extractor.0.4"))
     x = F.max_pool2d(F.relu(bn(conv(x, "extractor.0.6", 128, 3), "extractor.1")), 3, 2, 1)
-    for stage, depth, rates in zip((4, 5, 6, 7), depths, ([1] * 3, [1] * 4, [1] + [2] * 22, [2, 8, 16]), strict=True):
+    for stage, depth, rates in zip((4, 5, 6, 7), depths, ([1] * 3, [1] * 8, [1] + [2] * 35, [2, 8, 16]), strict=True):
         for block, rate in zip(range(depth), rates, strict=False):
             key, stride, width = f"extractor.{stage}.{block}", 2 if (stage, block) == (5, 0) else 1, 4 << stage
             y = F.relu(bn(conv(x, f"{key}.conv1", width), f"{key}.bn1"))
@@ -1100,7 +1100,7 @@ TRAIN = ("--dataset folder --backbone resnet18 --weights none --channels 16 --cr
 
 def command(script, line):
     """What script.main prints, called with the words of the line; pytest keeps its own handlers of signals."""
-    with contextlib.redirect_stdout(io.StringIO()) as printed, mock.patch("train.signal"):
+    with mock.patch("train.signal"), mock.patch("sys.stdout", io.StringIO()) as printed:
         script.main(line.split())
     return printed.getvalue()
 
