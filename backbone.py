@@ -18,7 +18,7 @@ class UserError(Exception):
     """A mistake the user can correct, in one line: what, where, what to do. Scripts print it without a traceback."""
 
     def __init__(self, message):
-        # From a data-loader worker the message arrives with a traceback before it.
+        # A data-loader worker passes on its whole traceback as the message: keep its end.
         super().__init__(str(message).split("UserError: ")[-1].strip())
 
 
@@ -70,8 +70,8 @@ class DilatedResNet(nn.Module):
             raise UserError(f"output stride {output_stride} is not one of {choices}")
         if len(choices) == 1:
             return
-        # What a layer no longer strides it dilates, but its first block keeps the rate of the layer before, as in
-        # torchvision. layer4 is multi-grid: 1, 2, 4 times its rate (Sec. 6.1).
+        # Rates as in torchvision: a first block keeps the rate of the layer before. layer4 has the rate R = 32 / S and
+        # the multi-grid 1, 2, 4 (Sec. 6.1), so its blocks have max(1, R / 2), 2 R, 4 R.
         stride3, rate3, stride4, rates4 = {8: (1, 2, 1, (2, 8, 16)), 16: (2, 1, 1, (1, 4, 8)),
                                            32: (2, 1, 2, (1, 2, 4))}[output_stride]
         set_rates(self.layer3, stride3, (1,) + (rate3,) * (len(self.layer3) - 1))

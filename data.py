@@ -27,7 +27,7 @@ SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)                   # of the train
 DRAWN = ("scenes", "cells", "cells-key", "cells-local")           # by program: extras/drawn.py
 DATASETS = (*DRAWN, "voc", "context", "cocostuff", "cocostuff164k", "coco2voc", "folder")
 VAL_SPLIT = {"cocostuff": "test"}                                 # what others call val
-README = "is --data-root right? (README, Data)"                   # how messages about missing files end
+HINT = "is --data-root right? (README, Data)"                     # how messages about missing files end
 
 CLASSES = {name: names.split(", ") for name, names in {  # names in the order of the class indices
     "voc": "background, aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, diningtable, dog, horse, "
@@ -67,8 +67,8 @@ COCO_OF_VOC = (5, 2, 16, 9, 44, 6, 3, 17, 62, 21, 67, 18, 19, 4, 1, 64, 20, 63, 
 # ---- Data sets: one function each, which says where the files are, and one table: raw label -> class -> ignored
 def build_dataset(name, root="datasets", split=None, context_classes=59):
     """The data set `name` in folder `root`. Items: image uint8 (3, H, W), label uint8 (H, W), all 255 if there is none.
-    Attributes: `name`, `split`, `classes`, `ids`, `labelled`, `endless` (drawn as asked for, never the same again) and
-    `scales` (of TrainView). UserError says what is missing.
+    Attributes: `name`, `split`, `classes`, `ids`, `labelled`, `endless` (it has an image for every index), `scales` (of
+    TrainView). UserError says what is missing.
 
     split: the name of a list of the data set; by default the one for validation.
     context_classes: for PASCAL Context, 60 to learn everything else as a class of its own, otherwise 59.
@@ -77,7 +77,7 @@ def build_dataset(name, root="datasets", split=None, context_classes=59):
     if name in DRAWN:
         return Drawn(name, split)
     if not root.is_dir():
-        raise UserError(f"no folder {root}: --data-root names the folder that holds the data set (README, Data)")
+        raise UserError(f"no folder {root}: {HINT}")
     if name == "context":
         return context(root, split, context_classes)
     return {"voc": voc, "cocostuff": cocostuff, "cocostuff164k": cocostuff164k, "coco2voc": coco2voc,
@@ -114,7 +114,7 @@ class Pairs(Dataset):
 
 
 class Drawn(Dataset):
-    """Pictures drawn by program as they are asked for. Training: endless; validation: always the same."""
+    """Pictures drawn by program. For training there is one for every index, without end; for validation a few."""
     labelled, scales = True, (1.0,)
 
     def __init__(self, name, split):
@@ -224,7 +224,7 @@ def folder(root, split):
                  label_table({c: c for c in (*range(len(classes)), IGNORE)}))
 
 
-# ---- Files
+# ---- Files (skip at first reading)
 def within(root, *places):
     """The first of these places that exists below root. If it lies one or two levels off, the UserError says where."""
     for place in places:
@@ -233,14 +233,14 @@ def within(root, *places):
     for base in (root.resolve().parent, root.resolve().parent.parent, *root.glob("*/"), *root.glob("*/*/")):
         if (base / places[0]).exists():
             raise UserError(f"no {places[0]} in {root}: it is in {base}: --data-root {base}")
-    raise UserError(f"no {places[0]} in {root}: {README}")
+    raise UserError(f"no {places[0]} in {root}: {HINT}")
 
 
 def read_list(path, whole_line=False):
     """The entries of a text file, one per line (its first word, as some lists carry a second column)."""
     if not path.is_file():
         others = ", ".join(sorted(p.stem for p in path.parent.glob("*.txt")))
-        raise UserError(f"no list {path}" + (f"; lists there: {others}" if others else f": {README}"))
+        raise UserError(f"no list {path}" + (f"; lists there: {others}" if others else f": {HINT}"))
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError:
@@ -254,7 +254,7 @@ def read_list(path, whole_line=False):
 def find_files(base, ids, suffixes):
     """Path of every id in folder `base` with the first fitting suffix; UserError names the first that is missing."""
     if not base.is_dir():
-        raise UserError(f"no folder {base}: {README}")
+        raise UserError(f"no folder {base}: {HINT}")
     there = {entry.name for entry in base.iterdir()}
     names = [next((i + suffix for suffix in suffixes if i + suffix in there), None) for i in ids]
     if None in names:
@@ -286,7 +286,7 @@ def read_label(path):
             with Image.open(str(path)) as image:
                 # Pillow would stretch gray of 2 or 4 bits, "L;2" and "L;4" in the file, to 0..255.
                 if image.mode not in ("P", "L") or image.tile[0][3] in ("L;2", "L;4"):
-                    raise ValueError(f"class indices are palette or 8-bit gray, not {image.mode}")
+                    raise ValueError(f"class indices are palette or 8-bit gray, not {image.tile[0][3]}")
                 raw = np.array(image)  # (H, W)
         if raw.dtype == np.uint8:
             return raw
@@ -327,8 +327,8 @@ class TrainView(Dataset):
         image, label = self.data[index]  # (3, H, W), (H, W)
         scale, flip = rng.choice(self.data.scales), rng.random() < 0.5
         # Cut crop / scale pixels out of the source, then scale that piece alone, in uint8.
-        # differs: the released code scales the whole image first, which is slower. Up to rounding, the crops have one
-        # distribution; here the label's pixels lie on the image's grid (README, Differences).
+        # differs: the released code scales the whole image, then crops: slower, and the same up to rounding, but its
+        # labels lie a little off the image's grid.
         top, height, new_height = self.cut(rng, image.shape[1], scale)
         left, width, new_width = self.cut(rng, image.shape[2], scale)
         image = image[:, top:top + height, left:left + width]  # (3, height, width)
@@ -390,7 +390,7 @@ def normalise(images):
     return (images.float() - mean) / std  # (B, 3, H, W)
 
 
-# ---- Colours
+# ---- Colours (skip at first reading)
 def palette_of(classes):
     """VOC's colours, uint8 (256, 3): the bits of a class index in turn give the highest bits of red, green and blue.
     The first, black, is for a background: classes without one begin with the second."""

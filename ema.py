@@ -21,7 +21,7 @@ from torch import nn
 
 from backbone import DilatedResNet, UserError, brief
 
-CHOICES = {  # the values of the options that are strings
+CHOICES = {  # the values of the attention's options
     "attention": ("emau", "nonlocal", "a2", "none"),
     "base_update": ("average", "backprop", "fixed"),
     "base_norm": ("l2", "layer", "none"),
@@ -71,8 +71,7 @@ class EMAU(nn.Module):
         residual = x
         x = self.pixels(x)  # (B, N, C)
         with torch.autocast(x.device.type, enabled=False):                     # sums over N pixels need float32
-            for z, mu in self.em(x):  # (B, N, K), (B, C, K)
-                pass                                                           # the last round's are kept
+            *_, (z, mu) = self.em(x)  # (B, N, K), (B, C, K)  the last round's
             if self.training and self.base_update == "average":
                 self.update_bases(mu)
             x = z @ mu.transpose(1, 2)  # (B, N, C)  X~, re-estimation, Eq. 14
@@ -103,7 +102,8 @@ class EMAU(nn.Module):
     def m_step(self, x, z):
         """Bases (Eq. 13): the mean of the pixels weighted by z, then the norm of Sec. 5.3."""
         mu = x.transpose(1, 2) @ z  # (B, C, K)  sum over n of z_nk x_n
-        # differs: the released code divides by the sum of z_nk in any case. Both norms cancel that factor.
+        # differs: the released code divides by the sum of z_nk before L2Norm. Both norms cancel that factor; without a
+        # norm it makes the mean.
         if self.base_norm == "l2":
             return mu / (mu.norm(dim=1, keepdim=True) + 1e-12)  # (B, C, K)  finite for an empty basis
         if self.base_norm == "layer":
@@ -116,8 +116,7 @@ class EMAU(nn.Module):
         # differs: the released code does this in its training loop.
         mean = mu.mean(dim=0, keepdim=True)  # (1, C, K)
         if dist.is_available() and dist.is_initialized():
-            # Averaged before the momentum: DistributedDataParallel hands rank 0's buffers to all, and the other
-            # ranks' part would be thrown away.
+            # DistributedDataParallel overwrites all buffers by rank 0's: only its images would count.
             dist.all_reduce(mean)  # (1, C, K)
             mean /= dist.get_world_size()
         self.mu.lerp_(mean.to(self.mu.dtype), 1 - self.alpha)  # (1, C, K)
@@ -182,7 +181,7 @@ class EMANet(nn.Module):
                  attention="emau", num_bases=64, em_iterations=3, lam=1.0, alpha=0.9, base_update="average",
                  base_norm="l2", gradient="none", decoder=False, bn_momentum=3e-4, layers=4):
         super().__init__()
-        # Every argument but the weights, which a checkpoint brings itself. (super() leaves `__class__` there.)
+        # Must stay first: all arguments but the weights, which a checkpoint brings. (super() adds `__class__`.)
         self.config = {key: value for key, value in locals().items() if key not in ("self", "__class__", "weights")}
         self.trained_on = {}                                                   # filled by load_checkpoint
         self.backbone = DilatedResNet(backbone, stem, weights, output_stride, layers)
@@ -229,7 +228,7 @@ def conv_bn_relu(c_in, c_out):
     return nn.Sequential(nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU(inplace=True))
 
 
-# ---- Checkpoints: plain dicts of tensors and Python values, so that they load without running code
+# ---- Checkpoints (skip at first reading): plain dicts of tensors and Python values, so that no code runs on loading
 def save_checkpoint(checkpoint, path):
     """Writes a checkpoint whole or not at all: to a temporary file, synced to the disk, then renamed. UserError if it
     cannot be written; the previous file is intact then."""

@@ -25,7 +25,7 @@ from data import DATASETS, build_dataset, normalise, palette_of, save_index_png
 from ema import EMAU, load_checkpoint
 
 TIMEOUT = 600                                           # seconds until a process or worker that hangs ends the job
-MS_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)           # two forks of the released code have these, itself none
+MS_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)           # two forks' choice; the released code has no test at scales
 
 
 # ---- Prediction
@@ -182,7 +182,7 @@ def main(argv=None):
         print_on_rank0(f"wrote {len(data)} predictions to {args.save_png} (no labels to score them by)")
 
 
-# ---- Processes and devices, for all scripts. Nothing here concerns the method
+# ---- Processes and devices, for all scripts (skip at first reading)
 def init_distributed(device_name):
     """The device of this process. Under torchrun it joins the group of processes."""
     device = pick_device(device_name)

@@ -6,7 +6,7 @@
     python train.py --dataset voc --resume auto                        # continue an interrupted run
 
 Writes to --out: model.pth (the network as last validated, for evaluate.py and visualize.py), last.pth (everything
-needed to continue) and log.jsonl (the settings, then the numbers of every line that is printed).
+needed to continue) and log.jsonl (the settings, then the numbers of each line that is printed).
 """
 import argparse
 import inspect
@@ -124,8 +124,8 @@ def parse_args(argv=None):
                        "iters": 1, "eval_every": 1, "seed": 0, "workers": 0, "lr": 0, "lam": 0, "alpha": 0}.items():
         if getattr(args, key) < least:
             raise UserError(f"--{key.replace('_', '-')} {getattr(args, key)}: must be at least {least}")
-    # BN's running statistics need about 9 / momentum iterations to settle.
-    # differs: the released code's 3e-4 for any length; here for the paper's 30,000 iterations and more.
+    # BN's running statistics settle in about 9 / momentum iterations.
+    # differs: the released code's 3e-4 from the paper's 30,000 iterations on, more in shorter runs.
     args.bn_momentum = min(0.1, max(3e-4, 9 / args.iters))
     return args
 
@@ -202,7 +202,7 @@ def build_datasets(args):
 
 def build_network(args, num_classes, weights):
     settings = {key: getattr(args, key) for key in NETWORK}
-    # Each part of a batch moves the running averages, so each by less: an iteration then moves them as without parts.
+    # Running averages move once for each part: by these roots all parts together count as one update.
     settings["alpha"] = args.alpha ** (1 / args.accumulate)
     settings["bn_momentum"] = 1 - (1 - args.bn_momentum) ** (1 / args.accumulate)
     return EMANet(num_classes, weights=weights, **settings)
@@ -228,7 +228,7 @@ def train(args):
     torch.manual_seed(args.seed)
     needs_weights = rank == 0 and not (checkpoint or args.init)  # DistributedDataParallel hands them to the others
     net = build_network(args, len(data.classes), args.weights if needs_weights else "none")
-    config = {"network": net.config | {"output_stride": args.eval_output_stride},
+    config = {"network": net.config | {"output_stride": args.eval_output_stride},              # for evaluate.py
               "data": {"dataset": data.name, "classes": list(data.classes), "images": len(data)},
               "training": {key: value for key, value in vars(args).items() if key not in MAY_CHANGE}}
     if checkpoint:
@@ -286,7 +286,7 @@ def train(args):
                            seconds=(time.time() - since) / len(losses), data_seconds=waited / len(losses))
 
         # validate and save
-        if save and world > 1:                                   # without SyncBN each has its own statistics: rank 0's
+        if save and world > 1:                                   # without SyncBN statistics differ: all take rank 0's
             for buffer in net.buffers():
                 dist.broadcast(buffer, 0)
         if validate and val:
@@ -297,13 +297,13 @@ def train(args):
             write_log(log, iteration=iteration, **{f"val_{key}": value for key, value in result.items()})
         if save and rank == 0:
             saved = {"model": net.state_dict(), "config": config}
-            if validate:                                         # first: after a kill in between it is validated again
+            if validate:                                         # first: after a kill in between, this is repeated
                 save_checkpoint(saved, out / "model.pth")
             save_checkpoint(saved | {"optimizer": optimizer.state_dict(), "iteration": iteration}, out / "last.pth")
         if stop and iteration < args.iters:
             print_on_rank0(f"stopped after iteration {iteration}, all saved: --resume auto continues")
             return 128 + stop
-        if log_now:
+        if log_now:                                              # validation and saving are no iteration's time
             losses, waited, since = [], 0.0, time.time()
 
     where = "" if data.endless else f" --data-root {args.data_root}"
@@ -314,7 +314,7 @@ def train(args):
     return 0
 
 
-# ---- Starting, resuming, stopping
+# ---- Starting, resuming, stopping (skip at first reading)
 def load_init(net, path):
     """Starts from the network of a checkpoint; with a new classifier where the number of classes differs."""
     source = load_checkpoint(path)
@@ -330,12 +330,14 @@ def load_init(net, path):
 
 
 def find_checkpoint(args):
-    """The checkpoint to continue from, or None for a run that begins. An existing run is never overwritten."""
+    """The checkpoint to continue from, or None for a run that begins. Only its own continuation overwrites a run."""
     out = Path(args.out)
     path = Path(args.resume) if args.resume else None
     if args.resume == "auto":
         path = out / "last.pth"
-        if not path.exists() and not (out / "model.pth").exists():
+        if not path.exists() and (out / "model.pth").exists():
+            raise UserError(f"{out} has a model.pth, but no last.pth to continue from: --out DIR starts another run")
+        if not path.exists():
             return None                          # it begins, also where it was killed before its first checkpoint
     elif out.exists() and any(out.iterdir()) and (path is None or path.resolve().parent != out.resolve()):
         raise UserError(f"{out} is not empty: --resume auto continues the run in it, --out DIR starts another")
@@ -388,7 +390,7 @@ def signal_to_stop():
     return number.item()
 
 
-# ---- Logging
+# ---- Logging (skip at first reading)
 def log_start(path, args, data, val, *, weights, device, amp):
     """Prints and writes what one needs to know to compare a run with the paper, or to repeat it."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

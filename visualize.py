@@ -62,7 +62,7 @@ def choose_bases(wanted, z, count=4):
     return held.argsort(descending=True, stable=True)[:count].tolist()
 
 
-# ---- Drawing. A picture is a grid: rows of (PIL image, caption)
+# ---- Drawing (skip at first reading). A picture is a grid: rows of (PIL image, caption)
 def picture(image, label, prediction, maps, bases, classes):
     """The whole picture of one image: image, label, prediction, the classes' colours; below, one row per basis with
     its responsibilities, maps (T, len(bases), H, W)."""
@@ -86,7 +86,7 @@ def heat(values, top):
 
 
 def legend(image, shown, classes, palette):
-    """The names of the classes in their colours, as a PIL image of the shape of the other panels."""
+    """The names of the classes in their colours, as a PIL image at least as tall as the other panels."""
     height = max(WIDTH * image.shape[1] // image.shape[2], (TEXT + GAP) * len(shown))
     sheet = Image.new("RGB", (WIDTH, height), "white")
     draw = ImageDraw.Draw(sheet)

@@ -122,7 +122,7 @@ def test_run_is_never_overwritten(command, straight, tmp_path):
         fail(tmp_path, command.replace(" --resume auto", options), "run is not empty", "--resume auto", "--out")
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
     (tmp_path / "run/last.pth").unlink()
-    fail(tmp_path, command, "no checkpoint at run/last.pth")
+    fail(tmp_path, command, "no last.pth", "--out")
 
 
 @pytest.mark.parametrize("place, action", [("os.fsync", "find no space"), ("torch.save", "write half, find no space"),
