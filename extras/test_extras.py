@@ -264,7 +264,7 @@ BROKEN = {
     "missing classes": ("folder", "classes.txt", "gone", r"no classes.txt in"),
     "another data set's .mat": ("cocostuff", MAT, {"LabelMap": np.full(SIZE, 200)}, r"train3.mat: label value 200"),
     ".mat without a label": ("cocostuff", MAT, {"X": np.ones(SIZE)}, r"train3.mat: .*none of GTcls"),
-    ".mat of 1.0": ("cocostuff", MAT, {"S": np.ones(SIZE), "names": np.ones((183, 1))}, "version 1.0"),
+    ".mat of 1.0": ("cocostuff", MAT, {"S": np.ones(SIZE), "names": np.ones((172, 1))}, "version 1.0"),
     ".mat with nan": ("cocostuff", MAT, {"S": np.where(np.eye(*SIZE) > 0, np.nan, 1)}, r"train3.mat: .*holds values"),
     ".mat with text": ("cocostuff", MAT, {"S": "text"}, r"train3.mat: cannot be read"),
     ".mat of three dimensions": ("cocostuff", MAT, {"S": np.ones((*SIZE, 3))}, r"train3.mat: label is")}
