@@ -29,10 +29,8 @@ HEAT = np.array([(8, 6, 24), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 
 # ---- What the network sees
 @torch.no_grad()
 def predict_with_bases(net, image):
-    """Prediction and responsibilities of one image: uint8 (3, H, W) -> uint8 (H, W), float (T, K, h, w) on the CPU.
-
-    The EM rounds are EMAU's own, run again on its pixels. Without an EMAU there are no responsibilities: None.
-    """
+    """Prediction and responsibilities of an image: uint8 (3, H, W) -> uint8 (H, W), float (T, K, h, w), on the CPU. The
+    rounds of EM are EMAU's own, run again on its pixels; without an EMAU the responsibilities are None."""
     stride = net.config["output_stride"]
     features = net.features(pad(normalise(image[None]), stride))  # (1, C, h, w)
     logits = at_image_size(net.head(features), image.shape[1:], stride)  # (1, L, H, W)
@@ -133,8 +131,7 @@ def images_of(data, count):
 
 
 def shrink(image, longer_side):
-    """Shrinks an image uint8 (3, H, W) to this longer side at most: things then are about as large as in training, and
-    memory suffices."""
+    """Shrinks an image uint8 (3, H, W) to this longer side at most: about the size it would have in training."""
     image = to_pil(image)
     image.thumbnail((longer_side, longer_side), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, H', W')
