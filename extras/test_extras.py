@@ -1,7 +1,5 @@
 """What a run promises when something goes wrong: kills, full disks, signals, broken files. Then the drawer.
-
-    python -m pytest extras                            # SLOW=1: the long ones as well
-"""
+SLOW=1 runs the long ones as well."""
 import io
 import itertools
 import json
@@ -262,6 +260,7 @@ BROKEN = {
     "list not in UTF-8": ("folder", LIST, b"\xff\xfe\x00", r"train.txt: not a text file"),
     "gray of two bits": ("folder", LABEL, bytes.fromhex(TWO_BITS), r"train3.png: .*8-bit gray"),
     "missing classes": ("folder", "classes.txt", "gone", r"no classes.txt in"),
+    "too many classes": ("folder", "classes.txt", b"x\n" * 255, r"classes.txt: 255 classes, at most 254"),
     "another data set's .mat": ("cocostuff", MAT, {"LabelMap": np.full(SIZE, 200)}, r"train3.mat: label value 200"),
     ".mat without a label": ("cocostuff", MAT, {"X": np.ones(SIZE)}, r"train3.mat: .*none of GTcls"),
     ".mat of 1.0": ("cocostuff", MAT, {"S": np.ones(SIZE), "names": np.ones((172, 1))}, "version 1.0"),
