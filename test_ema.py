@@ -885,7 +885,7 @@ def test_drawn_data_need_no_files(tiny, tmp_path, monkeypatch):
     ("--dataset cells --output-stride 16", ["output stride 16"]), ("--dataset voc", ["VOCdevkit", "--data-root"]),
     ("--data-root nothing", ["nothing", "--data-root"]), *((flag, [flag, "at least"]) for flag in (
         "--eval-every 0", "--accumulate 0", "--batch-size 0", "--iters 0", "--crop 1", "--workers -1", "--seed -1",
-        "--em-iterations 0", "--lr -1"))])
+        "--em-iterations 0", "--lr -1", "--alpha nan"))])
 def test_settings_that_cannot_be(flags, words, folder_root, tmp_path):
     """A setting that cannot work is named, never replaced by another; nothing is written."""
     fail(train, f"{TRAIN} --iters 1 --data-root {folder_root} --out {tmp_path}/out {flags}", *words)

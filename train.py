@@ -122,7 +122,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     for key, least in {"em_iterations": 1, "num_bases": 1, "channels": 2, "crop": 2, "batch_size": 1, "accumulate": 1,
                        "iters": 1, "eval_every": 1, "seed": 0, "workers": 0, "lr": 0, "lam": 0, "alpha": 0}.items():
-        if getattr(args, key) < least:
+        if not getattr(args, key) >= least:                                    # nan, too
             raise UserError(f"--{key.replace('_', '-')} {getattr(args, key)}: must be at least {least}")
     # BN's running statistics settle in about 9 / momentum iterations.
     # differs: the released code's 3e-4 from the paper's 30,000 iterations on, more in shorter runs.
