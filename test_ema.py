@@ -627,7 +627,7 @@ def test_log_lines_are_means(run_train, tmp_path, monkeypatch):
     spy(monkeypatch, train, "save_checkpoint", lambda _, path: saved.append(path.stem))
     out, lines = run_train("--iters 200 --eval-every 150"), sorted({*range(4, 201, 4), 150})
     means = {i: (before + 1 + i) / 2 for before, i in zip([0, *lines], lines, strict=False)}
-    assert log_of(tmp_path / "run", "loss") == means and " ".join(saved) == "last model last model last"
+    assert log_of(tmp_path / "run", "loss") == means and " ".join(saved) == "last last model last model"
     assert re.search(r"iter +4/200 .* lr 8.88e-03 \| 250 ms \(data 50%\) \| 8.0 img/s .* eta 0:00:49", out)
     assert [set(log_of(tmp_path / "run", key).values()) for key in ("ms", "data_ms")] == [{250, 500}, {125}]
 

@@ -258,6 +258,8 @@ def train(args):
     out.mkdir(parents=True, exist_ok=True)
     weights = f"the checkpoint of iteration {start}" if checkpoint else args.init or net.backbone.weights_origin
     log_start(log, args, data, val, weights=weights, device=device, amp=amp)
+    if checkpoint and rank == 0 and checkpoint["validated"]:     # again, as a kill between the two files leaves it out
+        save_checkpoint({"model": net.state_dict(), "config": config}, out / "model.pth")
 
     log_every = max(1, min(50, args.iters // 50))
     save_every = max(100, min(1000, args.iters // 10))           # last.pth, however rare the validations are
@@ -297,9 +299,10 @@ def train(args):
             write_log(log, iteration=iteration, **{f"val_{key}": value for key, value in result.items()})
         if save and rank == 0:
             saved = {"model": net.state_dict(), "config": config}
-            if validate:                                         # first: after a kill in between, this is repeated
+            rest = {"optimizer": optimizer.state_dict(), "iteration": iteration, "validated": validate}
+            save_checkpoint(saved | rest, out / "last.pth")
+            if validate:
                 save_checkpoint(saved, out / "model.pth")
-            save_checkpoint(saved | {"optimizer": optimizer.state_dict(), "iteration": iteration}, out / "last.pth")
         if stop and iteration < args.iters:
             print_on_rank0(f"stopped after iteration {iteration}, all saved: --resume auto continues")
             return 128 + stop
@@ -335,9 +338,10 @@ def find_checkpoint(args):
     path = Path(args.resume) if args.resume else None
     if args.resume == "auto":
         path = out / "last.pth"
-        if not path.exists() and (out / "model.pth").exists():
-            raise UserError(f"{out} has a model.pth, but no last.pth to continue from: --out DIR starts another run")
         if not path.exists():
+            if (out / "model.pth").exists():
+                raise UserError(f"{out} has a model.pth, but no last.pth to continue from: --out DIR starts another "
+                                "run")
             return None                          # it begins, also where it was killed before its first checkpoint
     elif out.exists() and any(out.iterdir()) and (path is None or path.resolve().parent != out.resolve()):
         raise UserError(f"{out} is not empty: --resume auto continues the run in it, --out DIR starts another")
