@@ -67,8 +67,7 @@ COCO_OF_VOC = (5, 2, 16, 9, 44, 6, 3, 17, 62, 21, 67, 18, 19, 4, 1, 64, 20, 63, 
 # ---- Data sets: one function each, which says where the files are, and one table: raw label -> class -> ignored
 def build_dataset(name, root="datasets", split=None, context_classes=59):
     """The data set `name` in folder `root`. Items: image uint8 (3, H, W), label uint8 (H, W), all 255 if there is none.
-    Attributes: `name`, `split`, `classes`, `ids`, `labelled`, `endless` (it has an image for every index), `scales` (of
-    TrainView). UserError says what is missing.
+    Attributes: `name`, `split`, `classes`, `ids`, `labelled`, `scales` (of TrainView). UserError says what is missing.
 
     split: the name of a list of the data set; by default the one for validation.
     context_classes: for PASCAL Context, 60 to learn everything else as a class of its own, otherwise 59.
@@ -86,7 +85,7 @@ def build_dataset(name, root="datasets", split=None, context_classes=59):
 
 class Pairs(Dataset):
     """Images on disk and their labels. `table` maps a raw label value to a class index, IGNORE or ILLEGAL."""
-    endless, scales = False, SCALES
+    scales = SCALES
 
     def __init__(self, name, split, classes, ids, images, labels, table):
         self.name, self.split, self.classes, self.table = name, split, classes, table
@@ -114,7 +113,7 @@ class Pairs(Dataset):
 
 
 class Drawn(Dataset):
-    """Pictures drawn by program. For training there is one for every index, without end; for validation a few."""
+    """Pictures drawn by program when they are asked for: 10,000 for training, a few for validation."""
     labelled, scales = True, (1.0,)
 
     def __init__(self, name, split):
@@ -122,9 +121,9 @@ class Drawn(Dataset):
 
         if split not in ("train", "val"):
             raise UserError(f"{name} has no split {split!r}: there are train and val")
-        self.name, self.split, self.endless = name, split, split == "train"
+        self.name, self.split = name, split
         self.draw, count, self.classes = drawn.PICTURES[name]
-        self.ids = np.array([f"{name}{i:02d}" for i in range(count)])
+        self.ids = np.array([f"{name}{i:02d}" for i in range(count if split == "val" else 10_000)])
 
     def __len__(self):
         return len(self.ids)
@@ -371,8 +370,6 @@ class Schedule:
 
     def indices(self, iteration):
         """The indices of the global batch of one iteration."""
-        if self.data.endless:
-            return range((iteration - 1) * self.batch_size, iteration * self.batch_size)
         epoch, step = divmod(iteration - 1, len(self.data) // self.batch_size)
         order = np.random.default_rng((self.seed, epoch)).permutation(len(self.data))
         return order[step * self.batch_size:(step + 1) * self.batch_size]

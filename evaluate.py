@@ -168,8 +168,8 @@ def main(argv=None):
         raise UserError(f"{data.name} {data.split} has no labels to score by: --save-png DIR writes the predictions")
     if args.save_png:
         Path(args.save_png).mkdir(parents=True, exist_ok=True)
-    device = init_distributed(args.device)
-    net.to(device, memory_format=memory_format(device))
+    device = init_process(args.device)
+    net.to(device, memory_format=layout(device))
     print_on_rank0(f"{args.ckpt} | {net.config['backbone']}, output stride {net.config['output_stride']} | {data.name} "
                    f"{data.split}, {len(data)} images | {rank_and_world()[1]} x {device}, torch {torch.__version__}")
     result = evaluate(net, data, device, ms_flip=args.ms_flip, amp=pick_amp(args.amp, device), workers=args.workers,
@@ -183,7 +183,7 @@ def main(argv=None):
 
 
 # ---- Processes and devices, for all scripts (skip at first reading)
-def init_distributed(device_name):
+def init_process(device_name):
     """The device of this process. Under torchrun it joins the group of processes."""
     device = pick_device(device_name)
     if "WORLD_SIZE" not in os.environ:
@@ -232,7 +232,7 @@ def pick_amp(choice, device):
     return torch.bfloat16 if choice == "bf16" else None
 
 
-def memory_format(device):
+def layout(device):
     """The layout convolutions are fast in."""
     # On mps the backward pass of BN is wrong, or fails, in channels_last (pytorch issues 134580, 175189).
     return torch.contiguous_format if device.type == "mps" else torch.channels_last

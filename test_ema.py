@@ -465,14 +465,11 @@ def test_schedule_shows_every_image_once_per_epoch():
     assert all(len(set(epoch)) == 9 and set(epoch) <= set(range(11)) for epoch in epochs)
     assert epochs[0] != epochs[1] and epochs[1] != epochs[2]
     assert [batch[0][0] for batch in batches] == list(range(1, 10))
-    endless = [index for batch in Schedule(Ramp(length=11, endless=True), 3, 0, range(3, 7)) for _, index in batch]
-    assert endless == list(range(6, 18))                      # pictures that are drawn never come again
 
 
-@pytest.mark.parametrize("endless", [False, True])
-def test_schedule_is_the_same_for_any_number_of_processes(endless):
+def test_schedule_is_the_same_for_any_number_of_processes():
     """Sec. 6.1: the global batch of an iteration is the same however it is cut, and wherever the run was resumed."""
-    schedule = partial(Schedule, Ramp(length=17, endless=endless), 8, 5)
+    schedule = partial(Schedule, Ramp(length=17), 8, 5)
     whole = list(schedule(range(1, 7)))
     assert len(whole) == 6 and all(len(batch) == 8 for batch in whole)
     assert list(schedule(range(5, 7))) == whole[4:]
@@ -530,21 +527,22 @@ def test_accumulated_batch_is_one_batch():
 
 def test_recipes_are_the_paper_s():
     """Secs. 6.1, 6.2.3 and 6.3: the defaults of a data set are the paper's numbers; those of scenes are their own."""
-    keys = ("split", "iters", "output_stride", "eval_output_stride", "lr", "batch_size", "crop", "backbone", "stem",
-            "weights", "channels", "decoder", "gradient", "layers", "num_bases", "em_iterations", "lam", "alpha",
-            "base_update", "base_norm", "attention")
-    common = [16, 513, "resnet101", "7x7", "imagenet", 512, False, "none", 4, 64, 3, 1.0, 0.9, "average", "l2", "emau"]
-    for name, *own in [("voc", "trainaug", 30000, 16, 8, 0.009), ("context", "train", 15000, 16, 8, 0.009),
-                       ("cocostuff", "train", 30000, 8, 8, 0.009), ("coco2voc", "train", 150000, 16, 8, 0.009),
-                       ("cocostuff164k", "train", 80000, 8, 8, 0.009), ("folder", "train", 15000, 16, 8, 0.009)]:
+    keys = ("split", "iters", "output_stride", "lr", "batch_size", "crop", "backbone", "stem", "weights", "channels",
+            "decoder", "gradient", "layers", "num_bases", "em_iterations", "lam", "alpha", "base_update", "base_norm",
+            "attention")
+    common = [0.009, 16, 513, "resnet101", "7x7", "imagenet", 512, False, "none", 4, 64, 3, 1.0, 0.9, "average", "l2",
+              "emau"]
+    for name, *own in [("voc", "trainaug", 30000, 16), ("context", "train", 15000, 16),
+                       ("cocostuff", "train", 30000, 8), ("cocostuff164k", "train", 80000, 8),
+                       ("coco2voc", "train", 150000, 16), ("folder", "train", 15000, 16)]:
         args = vars(train.parse_args(["--dataset", name]))
         assert [args[key] for key in keys] == own + common and args["iters"] == 10 * args["eval_every"], name
     released = train.parse_args(["--dataset", "voc", "--recipe", "released"])
     assert (released.output_stride, released.stem, released.decoder, released.lr) == (8, "deep", True, 0.009)
     assert train.parse_args(["--dataset", "voc", "--recipe", "released", "--no-decoder"]).decoder is False
     scenes = train.parse_args([])
-    assert [scenes.dataset, scenes.eval_every, *(vars(scenes)[key] for key in keys[:12])] == [
-        "scenes", 180, "train", 360, 8, 8, 0.1, 16, 97, "resnet18", "7x7", "none", 128, False]
+    assert [scenes.dataset, scenes.eval_every, *(vars(scenes)[key] for key in keys[:11])] == [
+        "scenes", 180, "train", 360, 8, 0.1, 16, 97, "resnet18", "7x7", "none", 128, False]
     cells = train.parse_args(["--dataset", "cells-key"])
     assert (cells.layers, cells.gradient, cells.lr, cells.iters, cells.crop) == (2, "full", 0.03, 400, 193)
 
@@ -648,8 +646,8 @@ def test_resumed_run_continues_exactly(run_train, tmp_path, monkeypatch):
     flags, steps = f"--iters 6 --eval-every 3 --decoder --lr 0.05 --weights x --init {tmp_path}/init.pth --resume", []
     assert f"weights  {tmp_path}/init.pth" in run_train(f"{flags} auto", tmp_path / "straight")
     with monkeypatch.context() as patch:
-        spy(patch, train, "training_step", lambda *_, **options: steps.append(1))
-        spy(patch, train, "signal_to_stop", lambda: len(steps) == 5 and train.ask_to_stop(signal.SIGTERM, None))
+        spy(patch, train, "training_step",
+            lambda *_, **options: steps.append(1) or len(steps) == 5 and train.ask_to_stop(signal.SIGTERM, None))
         assert "stopped after iteration 5" in run_train(f"{flags} auto")
     assert "the checkpoint of iteration 5" in run_train(f"{flags} {tmp_path}/run/last.pth --eval-every 6 --device cpu")
     assert log_of(tmp_path / "straight", "loss") == log_of(tmp_path / "run", "loss")
@@ -869,7 +867,7 @@ def test_drawn_data_need_no_files(tiny, tmp_path, monkeypatch):
     """`python train.py` trains on pictures drawn by program, and evaluate.py on its result needs no data either."""
     monkeypatch.chdir(tmp_path)
     out = command(train, "--iters 2 --crop 33 --batch-size 2 --workers 0")
-    assert "scenes train: endless images, 9 classes; validation: 64" in out
+    assert "scenes train: 10000 images, 9 classes; validation: 64" in out
     first, second = (build_dataset("scenes", split=split) for split in ("train", "val"))
     assert not torch.equal(first[0][0], second[0][0]) and first.scales == (1.0,)
     printed = command(evaluate, "--ckpt out/scenes/model.pth --workers 0")
@@ -1073,10 +1071,10 @@ class Ramp:
     """Images whose colour says where each pixel lies, and so does its label: red = 4 * column, green = 4 * row."""
     scales = data.Pairs.scales
 
-    def __init__(self, height=1, width=1, axis=0, length=1, endless=False):
+    def __init__(self, height=1, width=1, axis=0, length=1):
         rows, columns = np.mgrid[:height, :width].astype(np.uint8)
         self.image = torch.from_numpy(np.stack([4 * columns, 4 * rows, 200 + 0 * rows]))
-        self.label, self.length, self.endless = torch.from_numpy((rows, columns)[axis]), length, endless
+        self.label, self.length = torch.from_numpy((rows, columns)[axis]), length
 
     def __len__(self):
         return self.length

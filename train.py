@@ -14,7 +14,6 @@ import json
 import os
 import signal
 import time
-from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -30,23 +29,14 @@ from torch.nn.parallel import DistributedDataParallel
 from backbone import RESNETS, UserError, brief
 from data import DATASETS, IGNORE, Schedule, TrainView, build_dataset, normalise
 from ema import CHOICES, EMANet, load_checkpoint, read_checkpoint, save_checkpoint
-from evaluate import (
-    evaluate,
-    init_distributed,
-    make_loader,
-    memory_format,
-    pick_amp,
-    print_on_rank0,
-    rank_and_world,
-    run,
-    summary,
-)
+from evaluate import evaluate, init_process, layout, make_loader, pick_amp, print_on_rank0, rank_and_world, run, summary
 
-# The recipes: for each data set the defaults of the flags marked * in --help, and eval_output_stride and layers, which
-# have no flag. PAPER is Sec. 6.1; what that leaves open, the gradient, is as in the released code.
+# The recipes: for each data set the defaults of the flags marked * in --help, and `layers`, which has no flag.
+# PAPER is Sec. 6.1; what that leaves open, the gradient, is as in the released code.
 PAPER = {"split": "trainaug", "backbone": "resnet101", "stem": "7x7", "weights": "imagenet", "output_stride": 16,
-         "eval_output_stride": 8, "crop": 513, "batch_size": 16, "iters": 30000, "lr": 0.009, "channels": 512,
-         "decoder": False, "eval_every": 3000, "layers": 4, "gradient": "none"}
+         "crop": 513, "batch_size": 16, "iters": 30000, "lr": 0.009, "channels": 512, "decoder": False,
+         "eval_every": 3000, "layers": 4, "gradient": "none"}
+EVAL_OUTPUT_STRIDE = 8                                    # of validation, and of model.pth, whatever it was trained at
 # Scenes are a smoke test for any laptop: a small network from scratch, so a large lr.
 SCENES = PAPER | {"split": "train", "backbone": "resnet18", "weights": "none", "output_stride": 8, "crop": 97,
                   "iters": 360, "lr": 0.1, "channels": 128, "eval_every": 180}
@@ -177,10 +167,9 @@ def training_step(model, optimizer, loader, *, lr, accumulate, device, amp):
         before = time.time()
         batch = next(loader)
         data_seconds += time.time() - before
-        # processes exchange gradients once, in the last part
-        with model.no_sync() if part < accumulate and hasattr(model, "no_sync") else nullcontext():
-            part_loss = batch_loss(model, batch, device, amp) / accumulate
-            part_loss.backward()
+        model.require_backward_grad_sync = part == accumulate                  # processes exchange gradients once
+        part_loss = batch_loss(model, batch, device, amp) / accumulate
+        part_loss.backward()
         loss = loss + part_loss.detach()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -193,7 +182,7 @@ def build_datasets(args):
     data = build_dataset(args.dataset, args.data_root, args.split, args.context_classes)
     if not data.labelled:
         raise UserError(f"{args.dataset} {args.split} has no labels to train on")
-    if not data.endless and len(data) < args.batch_size:
+    if len(data) < args.batch_size:
         raise UserError(f"{args.dataset} {args.split} has {len(data)} images, less than one batch of {args.batch_size}")
     if args.dataset == "folder" and not (Path(args.data_root) / "ImageSets/Segmentation/val.txt").exists():
         return data, None
@@ -210,13 +199,13 @@ def build_network(args, num_classes, weights):
 
 def train(args):
     # processes
-    device = init_distributed(args.device)
+    device = init_process(args.device)
     amp = pick_amp(args.amp, device)
     rank, world = rank_and_world()
     if args.batch_size % (world * args.accumulate):
         raise UserError(f"--batch-size {args.batch_size} cannot be shared by {world} processes x --accumulate "
                         f"{args.accumulate}")
-    SIGNALS.clear()
+    STOP.zero_()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, ask_to_stop)
 
@@ -228,7 +217,7 @@ def train(args):
     torch.manual_seed(args.seed)
     needs_weights = rank == 0 and not (checkpoint or args.init)  # DistributedDataParallel hands them to the others
     net = build_network(args, len(data.classes), args.weights if needs_weights else "none")
-    config = {"network": net.config | {"output_stride": args.eval_output_stride},              # for evaluate.py
+    config = {"network": net.config | {"output_stride": EVAL_OUTPUT_STRIDE},
               "data": {"dataset": data.name, "classes": list(data.classes), "images": len(data)},
               "training": {key: value for key, value in vars(args).items() if key not in MAY_CHANGE}}
     if checkpoint:
@@ -236,7 +225,7 @@ def train(args):
         net.load_state_dict(checkpoint["model"])
     elif args.init:
         load_init(net, args.init)
-    net.to(device, memory_format=memory_format(device))
+    net.to(device, memory_format=layout(device))
     if world > 1 and device.type == "cuda":                      # torch synchronises BN on GPUs only
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     model = torch.compile(net) if args.compile else net          # evaluation uses `net`: its image sizes vary
@@ -272,7 +261,9 @@ def train(args):
                                            amp=amp)
         losses.append(loss)
         waited += data_seconds
-        stop = signal_to_stop()
+        if world > 1:
+            dist.all_reduce(STOP, dist.ReduceOp.MAX)             # on the CPU: the GPU need not wait
+        stop = STOP.item()
         validate = iteration % args.eval_every == 0 or iteration == args.iters
         save = stop or validate or iteration % save_every == 0
         log_now = save or iteration % log_every == 0
@@ -292,7 +283,7 @@ def train(args):
             for buffer in net.buffers():
                 dist.broadcast(buffer, 0)
         if validate and val:
-            net.set_output_stride(args.eval_output_stride)
+            net.set_output_stride(EVAL_OUTPUT_STRIDE)
             result = evaluate(net, val, device, workers=args.workers)
             net.set_output_stride(args.output_stride)
             print_on_rank0(summary(val, result))
@@ -309,7 +300,7 @@ def train(args):
         if log_now:                                              # validation and saving are no iteration's time
             losses, waited, since = [], 0.0, time.time()
 
-    where = "" if data.endless else f" --data-root {args.data_root}"
+    where = "" if args.data_root == "datasets" else f" --data-root {args.data_root}"
     where += "" if val else f" --split {args.split}"
     print_on_rank0(f"done: model.pth, last.pth and log.jsonl are in {out}\n"
                    f"next: python evaluate.py --ckpt {out}/model.pth{where}\n"
@@ -372,26 +363,18 @@ def check_finite(losses, net, *, iteration, data, schedule):
     if bad:
         first = iteration - len(losses) + 1
         iteration = first + bad[0]
-    images = ", ".join(str(i if data.endless else data.ids[i]) for i in schedule.indices(iteration))
+    images = ", ".join(str(data.ids[i]) for i in schedule.indices(iteration))
     raise UserError(f"the {'loss' if bad else 'update'} of iteration {iteration} is not finite (images {images}): "
                     "look at these images, or start again with a lower --lr and another --out")
 
 
-SIGNALS = []                  # those that asked this process to stop
+STOP = torch.tensor(0)        # the number of the signal that asked one of the processes to stop
 
 
 def ask_to_stop(number, frame):
     """The first Ctrl-C or SIGTERM: stop after this iteration (and its validation), all saved. A second one kills."""
-    SIGNALS.append(number)
+    STOP.fill_(number)
     signal.signal(number, signal.SIG_DFL)
-
-
-def signal_to_stop():
-    """The number of the signal that asked any of the processes to stop, or 0."""
-    number = torch.tensor(max(SIGNALS, default=0))
-    if dist.is_initialized():
-        dist.all_reduce(number, dist.ReduceOp.MAX)                             # on the CPU: the GPU need not wait
-    return number.item()
 
 
 # ---- Logging (skip at first reading)
@@ -402,8 +385,8 @@ def log_start(path, args, data, val, *, weights, device, amp):
               f"torchvision {torchvision.__version__}"
     print_on_rank0("settings " + " ".join(f"{key}={value}" for key, value in vars(args).items()))
     print_on_rank0(f"weights  {weights}")
-    print_on_rank0(f"data     {data.name} {data.split}: {'endless' if data.endless else len(data)} images, "
-                   f"{len(data.classes)} classes; validation: {len(val) if val else 'none'}")
+    print_on_rank0(f"data     {data.name} {data.split}: {len(data)} images, {len(data.classes)} classes; "
+                   f"validation: {len(val) if val else 'none'}")
     print_on_rank0(f"machine  {machine}")
     write_log(path, args=vars(args), machine=machine)
 

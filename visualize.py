@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from backbone import UserError
 from data import CLASSES, DATASETS, IGNORE, normalise, overlay, palette_of, read_image, save_index_png, to_pil
 from ema import EMAU, load_checkpoint
-from evaluate import memory_format, open_dataset, pad, pick_device, run
+from evaluate import layout, open_dataset, pad, pick_device, run
 
 GAP, TEXT, WIDTH = 8, 13, 256           # pixels: space between panels, height of letters, width of a panel
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")       # of the images in a folder of your own
@@ -171,7 +171,7 @@ def main(argv=None):
     else:
         data = open_dataset(args, net)
         classes, images = data.classes, images_of(data, args.count)
-    net.to(device, memory_format=memory_format(device))
+    net.to(device, memory_format=layout(device))
     out.mkdir(parents=True, exist_ok=True)
     for name, image, label in images:
         size = image.shape[1:]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from backbone import UserError
 from data import DATASETS, normalise
 from ema import EMAU, load_checkpoint
-from evaluate import evaluate, memory_format, open_dataset, pad, pick_amp, pick_device, run
+from evaluate import evaluate, layout, open_dataset, pad, pick_amp, pick_device, run
 
 
 @torch.no_grad()
@@ -110,7 +110,7 @@ def main(argv=None):
         raise UserError(f"{data.name} {data.split} has no labels to score by")
     device, rows = pick_device(args.device), []
     for path, net in zip(args.ckpt, nets, strict=True):
-        net.to(device, memory_format=memory_format(device))
+        net.to(device, memory_format=layout(device))
         print(f"{path} | {data.name} {data.split}\n"
               f"{statistics_line(mean_statistics(net, data, device, args.count), net.config['num_bases'])}", flush=True)
         mious = []

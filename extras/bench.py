@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch.utils.data import default_collate
 
 from data import IGNORE, Schedule, TrainView, build_dataset, normalise
-from evaluate import MS_SCALES, make_loader, memory_format, pad, pick_amp, pick_device, predict, run
-from train import batch_loss, build_network, build_optimizer, parse_args, segmentation_loss
+from evaluate import MS_SCALES, layout, make_loader, pad, pick_amp, pick_device, predict, run
+from train import EVAL_OUTPUT_STRIDE, batch_loss, build_network, build_optimizer, parse_args, segmentation_loss
 
 
 class WholeImageView(TrainView):
@@ -43,7 +43,7 @@ class Ours:
 
     def __init__(self, args, data, device):
         self.device, self.net = device, build_network(args, len(data.classes), "none")
-        self.net.to(device, memory_format=memory_format(device))
+        self.net.to(device, memory_format=layout(device))
         self.amp = pick_amp(args.amp, device)
         self.setup(args, data)
 
@@ -144,7 +144,7 @@ def bench(args, seconds=8):
     for way in ways:
         del way.loader                                                         # ends its workers
         way.net.eval()
-        way.net.set_output_stride(args.eval_output_stride)
+        way.net.set_output_stride(EVAL_OUTPUT_STRIDE)
     compare("evaluation, single scale", ways, lambda way: way.evaluate(images, False), seconds)
     compare("evaluation, ms-flip", ways, lambda way: way.evaluate(images[:1], True), seconds)
     print(f"\nThe training step limits: one core loads {supply / demand:.1f} times what it takes." if supply > demand

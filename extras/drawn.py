@@ -55,7 +55,7 @@ THINGS = {
 
 
 def draw_scene(index, split, size=(97, 129)):
-    """Paint scene `index` of the endless series `split` ("train" or "val"); same arguments, same bytes.
+    """Paint scene `index` of the series `split` ("train" or "val"); same arguments, same bytes.
 
     Returns the image, uint8 (H, W, 3), and its label, uint8 (H, W), with class indices.
     """
@@ -154,7 +154,7 @@ CELL_UNIT = 16                     # grey levels
 
 
 def draw_cells(index, split, shift, side=193):
-    """Paints picture `index` of the endless series `split` ("train" or "val"); same arguments, same bytes.
+    """Paints picture `index` of the series `split` ("train" or "val"); same arguments, same bytes.
 
     Returns the image, uint8 (H, W, 3), and its label, uint8 (H, W): 0 or 1 striped, 2 lines, 3 checks, 255 the square.
     """

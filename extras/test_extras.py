@@ -177,7 +177,7 @@ def test_torchrun_stops_with_all_saved(number, command, straight, tmp_path):
 
 @pytest.mark.parametrize("place, action", [
     ("train.training_step", "be killed"), ("train.training_step", "leave"), ("train.training_step", "fail"),
-    ("train.signal_to_stop", "be killed"), ("train.save_checkpoint", "be killed"), ("train.evaluate", "leave")])
+    ("dist.all_reduce", "be killed"), ("train.save_checkpoint", "be killed"), ("train.evaluate", "leave")])
 def test_lost_process_ends_the_job(action, place, command, tmp_path):
     """One of two processes is killed, leaves or fails: the other ends in seconds, with a non-zero status."""
     rank = int(place != "train.save_checkpoint")              # rank 0 alone saves
@@ -227,7 +227,7 @@ def test_loss_that_is_not_finite_stops_the_run(world, command, straight, folder,
 
 def test_first_iteration_that_is_not_finite_is_named():
     """Of several losses that are not finite the first is named; so is an update that leaves no finite weights."""
-    net, pictures, schedule = torch.nn.Linear(1, 1), SimpleNamespace(endless=True), SimpleNamespace(indices=range)
+    net, pictures, schedule = torch.nn.Linear(1, 1), SimpleNamespace(ids=range(9)), SimpleNamespace(indices=range)
     net.weight.data.fill_(np.inf)
     for losses, words in (([1.0], "update of iteration 5"), ([1.0, np.nan, np.nan], "loss of iteration 4")):
         with pytest.raises(UserError, match=f"{words} is not finite"):
@@ -648,7 +648,7 @@ def torchrun(cwd, command, hook, *flags):
 def at_call(place, number, action, rank=0, timeout=600):
     """The n-th call of a function, on one rank or all (None), is this action's, which may call the original."""
     owner, name = place.split(".")
-    owner = {"train": train, "evaluate": evaluate, "data": data, "torch": torch, "os": os}[owner]
+    owner = torch.distributed if owner == "dist" else sys.modules[owner]
     original, count, evaluate.TIMEOUT = getattr(owner, name), itertools.count(1), timeout
 
     def changed(*args, **options):
