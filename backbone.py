@@ -18,7 +18,7 @@ class UserError(Exception):
     """A mistake the user can correct, in one line: what, where, what to do. Scripts print it without a traceback."""
 
     def __init__(self, message):
-        # A data-loader worker passes on its whole traceback as the message: keep its end.
+        # DataLoader raises a worker's error again with the worker's traceback as its message: keep the end of that.
         super().__init__(str(message).split("UserError: ")[-1].strip())
 
 
@@ -65,15 +65,17 @@ class DilatedResNet(nn.Module):
     def set_output_stride(self, output_stride):
         """Sets strides and dilations for output stride 8, 16 or 32. They hold no weights, so a trained network may be
         changed: train at 16, evaluate at 8 (Sec. 6.1)."""
-        choices = (8,) if isinstance(self.layer3, nn.Identity) else (8, 16, 32)
-        if output_stride not in choices:
-            raise UserError(f"output stride {output_stride} is not one of {choices}")
-        if len(choices) == 1:
+        small = isinstance(self.layer3, nn.Identity)             # layers=2: it ends at stride 8
+        if output_stride not in ((8,) if small else (8, 16, 32)):
+            raise UserError(f"output stride {output_stride}: it must be 8" + ("" if small else ", 16 or 32"))
+        if small:
             return
-        # Rates as in torchvision: a first block keeps the rate of the layer before. layer4 has the rate R = 32 / S and
-        # the multi-grid 1, 2, 4 (Sec. 6.1), so its blocks have max(1, R / 2), 2 R, 4 R.
-        stride3, rate3, stride4, rates4 = {8: (1, 2, 1, (2, 8, 16)), 16: (2, 1, 1, (1, 4, 8)),
-                                           32: (2, 1, 2, (1, 2, 4))}[output_stride]
+        # layer3's stride and rate, layer4's stride and rates: R = 32 / S times the multi-grid 1, 2, 4 (Sec. 6.1). As in
+        # torchvision a layer's first block keeps the rate of the layer before.
+        stride3, rate3, stride4, rates4 = {
+            8: (1, 2, 1, (2, 8, 16)),
+            16: (2, 1, 1, (1, 4, 8)),
+            32: (2, 1, 2, (1, 2, 4))}[output_stride]
         set_rates(self.layer3, stride3, (1,) + (rate3,) * (len(self.layer3) - 1))
         set_rates(self.layer4, stride4, rates4[:len(self.layer4)])
 

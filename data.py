@@ -58,7 +58,7 @@ CLASSES = {name: names.split(", ") for name, names in {  # names in the order of
 CONTEXT_IDS = (  # of those 59 among the 459 labels of trainval/*.mat; all others are "other"
     "2 23 25 31 34 45 59 65 72 98 397 113 207 258 284 308 347 368 416 427 9 18 22 33 44 46 68 80 85 104 115 144 158 "
     "159 162 187 189 220 232 259 260 105 296 355 295 324 326 349 354 360 366 19 415 420 424 440 445 454 458")
-COCO_REMOVED = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91)      # ids 1..182 that no pixel has: 171 are left
+COCO_REMOVED = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91)      # ids 1..182 without a class: 171 are left
 COCO_CLASS = {i: c for c, i in enumerate(i for i in range(1, 183) if i not in COCO_REMOVED)} | {
     i: IGNORE for i in COCO_REMOVED}                             # id -> class
 COCO_OF_VOC = (5, 2, 16, 9, 44, 6, 3, 17, 62, 21, 67, 18, 19, 4, 1, 64, 20, 63, 7, 72)    # COCO ids of VOC's 1..20
@@ -122,7 +122,7 @@ class Drawn(Dataset):
         if split not in ("train", "val"):
             raise UserError(f"{name} has no split {split!r}: there are train and val")
         self.name, self.split = name, split
-        self.draw, count, self.classes = drawn.PICTURES[name]
+        self.draw, count, self.classes = drawn.PICTURES[name]    # function of (index, split); pictures to validate on
         self.ids = np.array([f"{name}{i:02d}" for i in range(count if split == "val" else 10_000)])
 
     def __len__(self):
@@ -208,7 +208,8 @@ def cocostuff164k(root, split):
 
 def coco2voc(root, split):
     """COCO 2017 with VOC's classes, everything else background: pre-training for VOC's test server (Sec. 6.2.3)."""
-    table = {raw: 0 for raw in range(182)} | {255: IGNORE} | {i - 1: c for c, i in enumerate(COCO_OF_VOC, 1)}
+    table = {raw: 0 for raw in range(182)} | {255: IGNORE}           # raw = id - 1; 0: background
+    table |= {i - 1: c for c, i in enumerate(COCO_OF_VOC, 1)}
     return coco164k("coco2voc", root, split, CLASSES["voc"], table)
 
 
@@ -332,7 +333,7 @@ class TrainView(Dataset):
         left, width, new_width = self.cut(rng, image.shape[2], scale)
         image = image[:, top:top + height, left:left + width]  # (3, height, width)
         label = label[top:top + height, left:left + width]  # (height, width)
-        if scale != 1:
+        if scale != 1:                                             # the label by hand: nearest has no align_corners
             image = F.interpolate(image[None], (new_height, new_width), mode="bilinear", align_corners=True)[0]
             rows, columns = (np.floor(np.linspace(0, old - 1, new) + 0.5).astype(int)
                              for old, new in ((height, new_height), (width, new_width)))  # the nearest pixels
@@ -365,7 +366,7 @@ class Schedule:
 
     def __iter__(self):
         for iteration in self.iterations:
-            for part in np.split(np.array(self.indices(iteration)), self.accumulate):
+            for part in np.split(self.indices(iteration), self.accumulate):
                 yield [(iteration, int(i)) for i in part[self.rank::self.world]]
 
     def indices(self, iteration):

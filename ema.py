@@ -92,7 +92,7 @@ class EMAU(nn.Module):
             z = self.e_step(x, mu)  # (B, N, K)
             mu = self.m_step(x, z)  # (B, C, K)
             if self.gradient == "last":
-                mu = mu.detach()           # no gradient through M-steps: x gets its own by the last E-step alone
+                mu = mu.detach()           # z and the output take it as a constant: x learns by the last z alone
             yield z, mu
 
     def e_step(self, x, mu):
@@ -116,7 +116,7 @@ class EMAU(nn.Module):
         # differs: the released code does this in its training loop.
         mean = mu.mean(dim=0, keepdim=True)  # (1, C, K)
         if dist.is_available() and dist.is_initialized():
-            # DistributedDataParallel overwrites all buffers by rank 0's: only its images would count.
+            # Otherwise rank 0's images alone would count: DistributedDataParallel copies its buffers to all.
             dist.all_reduce(mean)  # (1, C, K)
             mean /= dist.get_world_size()
         self.mu.lerp_(mean.to(self.mu.dtype), 1 - self.alpha)  # (1, C, K)
@@ -229,6 +229,8 @@ def conv_bn_relu(c_in, c_out):
 
 
 # ---- Checkpoints (skip at first reading): plain dicts of tensors and Python values, so that no code runs on loading
+# model.pth: {"model": state dict, "config": {"network": EMANet's arguments, "data": name, classes, "training": flags}}
+# last.pth: the same, and "optimizer", "iteration", "validated". A released file: {"net": state dict}
 def save_checkpoint(checkpoint, path):
     """Writes a checkpoint whole or not at all: to a temporary file, synced to the disk, then renamed. UserError if it
     cannot be written; the previous file is intact then."""

@@ -773,16 +773,13 @@ def test_predictions_for_the_test_server(tiny, tmp_path):
 
 # ---- Sec. 6.5: pictures
 def test_maps_are_the_responsibilities_of_the_prediction():
-    """Fig. 5: what is drawn are the unit's own rounds on the padded image, beside the prediction of evaluate.py."""
+    """Fig. 5: what is drawn are the unit's own rounds on the padded image."""
     net, image = small_net(output_stride=16).eval(), torch.from_numpy(picture((41, 60))).permute(2, 0, 1)
-    prediction, z = visualize.predict_with_bases(net, image)
     with torch.no_grad():
-        assert torch.equal(prediction, evaluate.predict(net, image).argmax(0).byte())
         features = net.reduce(net.backbone(F.pad(data.normalise(image[None]), (0, 5, 0, 8))))    # 49 x 65
         rounds = net.attention.em(net.attention.conv1(features).flatten(2).transpose(1, 2))
         expected = torch.cat([z for z, _ in rounds]).transpose(1, 2).reshape(3, 8, 4, 5)
-    assert torch.allclose(z, expected, atol=1e-5)
-    assert visualize.predict_with_bases(small_net(attention="none").eval(), image)[1] is None
+    assert torch.allclose(visualize.responsibilities(net, image), expected, atol=1e-5)
 
 
 def test_pictures_of_a_data_set(trained, tiny, folder_root, tmp_path, monkeypatch):
@@ -791,7 +788,7 @@ def test_pictures_of_a_data_set(trained, tiny, folder_root, tmp_path, monkeypatc
     spy(monkeypatch, visualize, "picture", lambda *given: drawn.append(given))
     command(visualize, f"{line} --count 6 --bases 7,3 --size 32 --out {tmp_path}/new/pictures")
     image, label, _, maps, *_ = drawn[2]
-    _, z = visualize.predict_with_bases(load_checkpoint(trained / "model.pth"), image)
+    z = visualize.responsibilities(load_checkpoint(trained / "model.pth"), image)
     assert torch.allclose(maps[:, :, ::8, ::8], z[:, [7, 3]])
     assert torch.equal(label, build_dataset("folder", folder_root)[2][1])
     command(evaluate, f"{line} --workers 0 --save-png {tmp_path}/png")

@@ -18,7 +18,6 @@ from datetime import timedelta
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")     # before torch: threads that spin starve the loader's workers
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -57,8 +56,9 @@ RECIPES = {
     "scenes": SCENES, "cells": CELLS, "cells-key": CELLS, "cells-local": CELLS}
 # --recipe released: VOC, where the released code differs from the paper.
 RELEASED = PAPER | {"output_stride": 8, "stem": "deep", "weights": "resnet101-2a57e44d.pth", "decoder": True}
-# The settings that are EMANet's arguments, under the same names, and those that may change when a run is resumed
-NETWORK = [name for name in inspect.signature(EMANet).parameters if name not in ("num_classes", "weights")]
+# EMANet's arguments that are settings of a run, under the same names: an argument added there needs a flag here
+NETWORK = [key for key in inspect.signature(EMANet).parameters if key not in ("num_classes", "weights", "bn_momentum")]
+# Settings that may change when a run is resumed
 MAY_CHANGE = ("data_root", "workers", "device", "out", "resume", "eval_every", "compile")
 
 
@@ -114,9 +114,6 @@ def parse_args(argv=None):
                        "iters": 1, "eval_every": 1, "seed": 0, "workers": 0, "lr": 0, "lam": 0, "alpha": 0}.items():
         if not getattr(args, key) >= least:                                    # nan, too
             raise UserError(f"--{key.replace('_', '-')} {getattr(args, key)}: must be at least {least}")
-    # BN's running statistics settle in about 9 / momentum iterations.
-    # differs: the released code's 3e-4 from the paper's 30,000 iterations on, more in shorter runs.
-    args.bn_momentum = min(0.1, max(3e-4, 9 / args.iters))
     return args
 
 
@@ -167,7 +164,7 @@ def training_step(model, optimizer, loader, *, lr, accumulate, device, amp):
         before = time.time()
         batch = next(loader)
         data_seconds += time.time() - before
-        model.require_backward_grad_sync = part == accumulate                  # processes exchange gradients once
+        model.require_backward_grad_sync = part == accumulate    # DistributedDataParallel's: exchange gradients once
         part_loss = batch_loss(model, batch, device, amp) / accumulate
         part_loss.backward()
         loss = loss + part_loss.detach()
@@ -191,10 +188,13 @@ def build_datasets(args):
 
 def build_network(args, num_classes, weights):
     settings = {key: getattr(args, key) for key in NETWORK}
+    # BN's running statistics settle in about 9 / momentum iterations.
+    # differs: the released code's 3e-4 from the paper's 30,000 iterations on, more in shorter runs.
+    bn_momentum = min(0.1, max(3e-4, 9 / args.iters))
     # Running averages move once for each part: by these roots all parts together count as one update.
     settings["alpha"] = args.alpha ** (1 / args.accumulate)
-    settings["bn_momentum"] = 1 - (1 - args.bn_momentum) ** (1 / args.accumulate)
-    return EMANet(num_classes, weights=weights, **settings)
+    bn_momentum = 1 - (1 - bn_momentum) ** (1 / args.accumulate)
+    return EMANet(num_classes, weights=weights, bn_momentum=bn_momentum, **settings)
 
 
 def train(args):
@@ -205,7 +205,7 @@ def train(args):
     if args.batch_size % (world * args.accumulate):
         raise UserError(f"--batch-size {args.batch_size} cannot be shared by {world} processes x --accumulate "
                         f"{args.accumulate}")
-    STOP.zero_()
+    STOP.zero_()                                                 # of an earlier call
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, ask_to_stop)
 
@@ -215,7 +215,8 @@ def train(args):
 
     # network
     torch.manual_seed(args.seed)
-    needs_weights = rank == 0 and not (checkpoint or args.init)  # DistributedDataParallel hands them to the others
+    # One process fetches the backbone's weights: DistributedDataParallel copies its network to the others.
+    needs_weights = rank == 0 and not (checkpoint or args.init)
     net = build_network(args, len(data.classes), args.weights if needs_weights else "none")
     config = {"network": net.config | {"output_stride": EVAL_OUTPUT_STRIDE},
               "data": {"dataset": data.name, "classes": list(data.classes), "images": len(data)},
@@ -247,7 +248,7 @@ def train(args):
     out.mkdir(parents=True, exist_ok=True)
     weights = f"the checkpoint of iteration {start}" if checkpoint else args.init or net.backbone.weights_origin
     log_start(log, args, data, val, weights=weights, device=device, amp=amp)
-    if checkpoint and rank == 0 and checkpoint["validated"]:     # again, as a kill between the two files leaves it out
+    if checkpoint and rank == 0 and checkpoint["validated"]:     # a kill may have come after last.pth, before model.pth
         save_checkpoint({"model": net.state_dict(), "config": config}, out / "model.pth")
 
     log_every = max(1, min(50, args.iters // 50))
@@ -255,7 +256,7 @@ def train(args):
     losses, waited, since = [], 0.0, time.time()                 # of the iterations since the last log line
     for iteration in iterations:
         # step. Dropout's randomness is a function of (seed, iteration, rank), so that no state of it has to be saved.
-        torch.manual_seed(int(np.random.SeedSequence((args.seed, iteration, rank)).generate_state(1)[0]))
+        torch.manual_seed(hash((args.seed, iteration, rank)))
         lr = args.lr * (1 - (iteration - 1) / args.iters) ** 0.9               # the "poly" policy
         loss, data_seconds = training_step(model, optimizer, loader, lr=lr, accumulate=args.accumulate, device=device,
                                            amp=amp)
@@ -325,16 +326,14 @@ def load_init(net, path):
 
 def find_checkpoint(args):
     """The checkpoint to continue from, or None for a run that begins. Only its own continuation overwrites a run."""
-    out = Path(args.out)
-    path = Path(args.resume) if args.resume else None
-    if args.resume == "auto":
-        path = out / "last.pth"
-        if not path.exists():
-            if (out / "model.pth").exists():
-                raise UserError(f"{out} has a model.pth, but no last.pth to continue from: --out DIR starts another "
-                                "run")
-            return None                          # it begins, also where it was killed before its first checkpoint
-    elif out.exists() and any(out.iterdir()) and (path is None or path.resolve().parent != out.resolve()):
+    out, last = Path(args.out), Path(args.out) / "last.pth"
+    if args.resume == "auto" and not last.exists():
+        if (out / "model.pth").exists():
+            raise UserError(f"{out} has a model.pth, but no last.pth to continue from: --out DIR starts another run")
+        return None                              # it begins, also where it was killed before its first checkpoint
+    path = last if args.resume == "auto" else Path(args.resume) if args.resume else None
+    elsewhere = path is None or path.resolve().parent != out.resolve()
+    if elsewhere and out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty: --resume auto continues the run in it, --out DIR starts another")
     if path is None:
         return None

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from backbone import UserError
 from data import CLASSES, DATASETS, IGNORE, normalise, overlay, palette_of, read_image, save_index_png, to_pil
 from ema import EMAU, load_checkpoint
-from evaluate import layout, open_dataset, pad, pick_device, run
+from evaluate import layout, open_dataset, pad, pick_device, predict, run
 
 GAP, TEXT, WIDTH = 8, 13, 256           # pixels: space between panels, height of letters, width of a panel
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")       # of the images in a folder of your own
@@ -28,21 +28,16 @@ HEAT = np.array([(8, 6, 24), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 
 
 # ---- What the network sees
 @torch.no_grad()
-def predict_with_bases(net, image):
-    """Prediction and responsibilities of an image: uint8 (3, H, W) -> uint8 (H, W), float (T, K, h, w), on the CPU. The
-    rounds of EM are EMAU's own, run again on its pixels; without an EMAU the responsibilities are None."""
-    stride = net.config["output_stride"]
-    features = net.features(pad(normalise(image[None]), stride))  # (1, C, h, w)
-    logits = at_image_size(net.head(features), image.shape[1:], stride)  # (1, L, H, W)
-    prediction = logits[0].max(0)[1].byte().cpu()  # (H, W)
-    if not isinstance(net.attention, EMAU):
-        return prediction, None
-    z = torch.cat([z for z, _ in net.attention.em(net.attention.pixels(features))])  # (T, N, K)
-    return prediction, z.transpose(1, 2).unflatten(2, features.shape[2:]).cpu()  # (T, K, h, w)
+def responsibilities(net, image):
+    """Those of a network with an EMAU in every round, for one image: uint8 (3, H, W) -> float (T, K, h, w), on the CPU.
+    They are of the padded image, as EM sees it in evaluation."""
+    features = net.features(pad(normalise(image[None]), net.config["output_stride"]))  # (1, C, h, w)
+    z = torch.cat([z for z, _ in net.attention.em(net.attention.pixels(features))])  # (T, N, K)  a round each
+    return z.transpose(1, 2).unflatten(2, features.shape[2:]).cpu()  # (T, K, h, w)
 
 
 def at_image_size(maps, size, stride):
-    """M maps (B, M, h, w) of a padded image, upsampled and cropped as the logits are: (B, M, H, W)."""
+    """Maps (T, K, h, w) of a padded image, upsampled and cropped as the logits are: (T, K, H, W)."""
     padded = [stride * (side - 1) + 1 for side in maps.shape[2:]]
     return F.interpolate(maps, padded, mode="bilinear", align_corners=True)[:, :, :size[0], :size[1]]
 
@@ -177,9 +172,11 @@ def main(argv=None):
         size = image.shape[1:]
         if args.image:
             image = shrink(image, args.size)  # (3, H', W')
-        prediction, z = predict_with_bases(net, image.to(device))  # (H', W'), (T, K, h, w)
-        bases = choose_bases(args.bases, z) if z is not None else []
-        maps = at_image_size(z[:, bases], image.shape[1:], net.config["output_stride"]) if bases else None
+        prediction, maps, bases = predict(net, image.to(device)).argmax(0).byte().cpu(), None, []  # (H', W')
+        if isinstance(net.attention, EMAU):
+            z = responsibilities(net, image.to(device))  # (T, K, h, w)
+            bases = choose_bases(args.bases, z)
+            maps = at_image_size(z[:, bases], image.shape[1:], net.config["output_stride"])  # (T, bases, H', W')
         picture(image, label, prediction, maps, bases, classes).save(out / f"{name}.png")
         prediction = F.interpolate(prediction[None, None], tuple(size), mode="nearest-exact")[0, 0]  # (H, W)
         save_index_png(prediction.numpy(), out / f"{name}_prediction.png", palette_of(classes))
