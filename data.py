@@ -6,7 +6,6 @@
 Everything stays uint8 until it is on the device, where `normalise` makes floats of it. Also here: the training view and
 the schedule of a run, and the colours of the classes.
 """
-import functools
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +14,15 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from scipy.io import loadmat, whosmat
 from torch.utils.data import Dataset
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_segmentation_masks
 
 from backbone import UserError, brief
 
 IGNORE = 255                      # label of pixels that count neither in training nor in evaluation
 ILLEGAL = 254                     # in a label table: a value that must not occur
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)          # ImageNet's, of images in 0..1
-MEAN_COLOUR = (torch.tensor(MEAN).view(3, 1, 1) * 255).round().byte()  # (3, 1, 1)  what a crop is padded with
+MEAN = 255 * torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)    # ImageNet's, of pixels 0..255
+STD = 255 * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)                   # of the training view (released code's seven steps)
 DRAWN = ("scenes", "cells", "cells-key", "cells-local")           # by program: extras/drawn.py
 DATASETS = (*DRAWN, "voc", "context", "cocostuff", "cocostuff164k", "coco2voc", "folder")
@@ -190,8 +190,6 @@ def cocostuff(root, split):
 
 def coco164k(name, root, split, classes, table):
     """The layout of COCO 2017 with stuffthingmaps: images/{train,val}2017/*.jpg, annotations/{train,val}2017/*.png."""
-    if split not in ("train", "val"):
-        raise UserError(f"{name} has no split {split!r}: there are train and val")
     masks = within(root, f"annotations/{split}2017")
     ids = sorted(path.stem for path in masks.glob("*.png"))
     if not ids:
@@ -271,8 +269,7 @@ def read_image(path, turn=False):
                 image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):                                 # Pillow would cut the upper values off
                 raise ValueError("16 bits of gray: save it with 8")
-            pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))  # (H, W, 3)
-            return torch.from_numpy(pixels).permute(2, 0, 1)  # (3, H, W)
+            return pil_to_tensor(image.convert("RGB"))  # (3, H, W)
     except Exception as error:  # noqa: BLE001 - Pillow raises many kinds for broken files
         raise UserError(f"{path}: cannot be read as an image ({brief(error)}): replace this file") from None
 
@@ -339,7 +336,7 @@ class TrainView(Dataset):
                              for old, new in ((height, new_height), (width, new_width)))  # the nearest pixels
             label = torch.from_numpy(label.numpy()[rows][:, columns])  # (new_height, new_width)
         # differs: the released code pads with 0 after normalisation; the mean colour becomes 0 to within 0.01.
-        padded = MEAN_COLOUR.repeat(1, self.crop, self.crop)  # (3, crop, crop)
+        padded = MEAN.round().byte().repeat(1, self.crop, self.crop)  # (3, crop, crop)
         padded[:, :new_height, :new_width] = image
         label = F.pad(label, (0, self.crop - new_width, 0, self.crop - new_height), value=IGNORE)  # (crop, crop)
         return (padded.flip(2), label.flip(1)) if flip else (padded, label)    # after the padding, as the released code
@@ -352,39 +349,23 @@ class TrainView(Dataset):
         return 0, size, max(1, round(size * scale))                # a smaller image is taken whole, and padded later
 
 
-class Schedule:
-    """Batch sampler: for each backward pass of `iterations`, counted from 1, the (iteration, index) of this process.
-
-    A global batch is a function of (seed, iteration) and of nothing else. It is cut into `accumulate` parts, each dealt
-    out to `world` processes: of 16 images, with 2 and 2, rank 0 reads numbers 0, 2, 4, 6, then 8, 10, 12, 14.
-    Every epoch is shuffled anew, and its last, incomplete batch is left out.
-    """
-
-    def __init__(self, data, batch_size, seed, iterations, rank=0, world=1, accumulate=1):
-        self.data, self.batch_size, self.seed, self.iterations = data, batch_size, seed, iterations
-        self.rank, self.world, self.accumulate = rank, world, accumulate
-
-    def __iter__(self):
-        for iteration in self.iterations:
-            for part in np.split(self.indices(iteration), self.accumulate):
-                yield [(iteration, int(i)) for i in part[self.rank::self.world]]
-
-    def indices(self, iteration):
-        """The indices of the global batch of one iteration."""
-        epoch, step = divmod(iteration - 1, len(self.data) // self.batch_size)
-        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.data))
-        return order[step * self.batch_size:(step + 1) * self.batch_size]
+def schedule(data, batch_size, seed, iterations, rank=0, world=1):
+    """Batch sampler: for each of `iterations`, counted from 1, the (iteration, index) that this process reads."""
+    for iteration in iterations:
+        yield [(iteration, int(i)) for i in global_batch(data, batch_size, seed, iteration)[rank::world]]
 
 
-@functools.cache
-def mean_and_std(device):
-    """MEAN and STD of pixels 0..255 on a device: put there once, as every copy from the CPU waits for the GPU."""
-    return [torch.tensor(values, device=device).view(3, 1, 1) * 255 for values in (MEAN, STD)]  # (3, 1, 1)
+def global_batch(data, batch_size, seed, iteration):
+    """The indices of an iteration's batch, over all processes: a function of (seed, iteration) and of nothing else.
+    Every epoch is shuffled anew, and its last, incomplete batch is left out."""
+    epoch, step = divmod(iteration - 1, len(data) // batch_size)
+    order = np.random.default_rng((seed, epoch)).permutation(len(data))
+    return order[step * batch_size:(step + 1) * batch_size]
 
 
 def normalise(images):
     """Images uint8 (B, 3, H, W) -> float32, standardised by ImageNet's mean and deviation."""
-    mean, std = mean_and_std(images.device)
+    mean, std = (values.to(images.device, non_blocking=True) for values in (MEAN, STD))     # the CPU need not wait
     return (images.float() - mean) / std  # (B, 3, H, W)
 
 
@@ -408,15 +389,10 @@ def save_index_png(label, path, palette):
     image.save(path)
 
 
-def to_pil(image):
-    """Image uint8 (3, H, W) -> PIL image."""
-    return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-
-
 def overlay(image, label, palette, alpha=0.6):
     """The classes of label uint8 (H, W) in their colours over the image uint8 (3, H, W) -> PIL image."""
-    present = [int(c) for c in torch.unique(label) if c != IGNORE]
-    if not present:
-        return to_pil(image)
-    masks = torch.stack([label == c for c in present])  # (classes present, H, W)
-    return to_pil(draw_segmentation_masks(image, masks, alpha, [tuple(palette[c].tolist()) for c in present]))
+    present = [c for c in label.unique().tolist() if c != IGNORE]
+    if present:
+        masks = torch.stack([label == c for c in present])  # (classes present, H, W)
+        image = draw_segmentation_masks(image, masks, alpha, [tuple(palette[c].tolist()) for c in present])
+    return to_pil_image(image)

@@ -9,7 +9,6 @@ h = ceil(H / S) with S the output stride. In the maths x (B, N, C) are the pixel
 the responsibilities. Equation and section numbers are the paper's. `differs:` marks a departure from the paper or the
 released code.
 """
-import math
 import os
 import zipfile
 from pathlib import Path
@@ -63,7 +62,7 @@ class EMAU(nn.Module):
         # The released init. conv1's scale acts as a temperature: with torch's default, x is so short that z is nearly
         # uniform.
         for conv in (self.conv1, self.conv2[0]):
-            nn.init.normal_(conv.weight, std=math.sqrt(2 / channels))
+            nn.init.kaiming_normal_(conv.weight)              # deviation sqrt(2 / C)
         # Frozen where EM passes no gradient on: DistributedDataParallel would wait for one.
         self.conv1.requires_grad_(gradient != "none")
 
@@ -79,15 +78,14 @@ class EMAU(nn.Module):
         return F.relu(residual + self.conv2(x))  # (B, C, h, w)
 
     def pixels(self, x):
-        """What enters EM: features (B, C, h, w) -> pixels x (B, N, C)."""
-        return at_least_float32(self.conv1(x)).flatten(2).transpose(1, 2)  # (B, N, C)
+        """What enters EM: features (B, C, h, w) -> pixels x (B, N, C), of the bases' dtype: float32 under autocast."""
+        return self.conv1(x).to(self.mu.dtype).flatten(2).transpose(1, 2)  # (B, N, C)
 
     def em(self, x):
-        """The EM rounds t = 1..T on pixels x (B, N, C): yields z^(t) (B, N, K) and mu^(t) (B, C, K) after each. The
-        network takes the last, visualize.py all."""
+        """The EM rounds t = 1..T on pixels x (B, N, C): yields z^(t) (B, N, K) and mu^(t) (B, C, K) after each."""
         if self.gradient == "none":
             x = x.detach()                                                     # EM is a constant to the backward pass
-        mu = self.mu.to(x.dtype).repeat(x.shape[0], 1, 1)  # (B, C, K)
+        mu = self.mu.repeat(x.shape[0], 1, 1)  # (B, C, K)
         for _ in range(self.iterations):
             z = self.e_step(x, mu)  # (B, N, K)
             mu = self.m_step(x, z)  # (B, C, K)
@@ -119,12 +117,7 @@ class EMAU(nn.Module):
             # Otherwise rank 0's images alone would count: DistributedDataParallel copies its buffers to all.
             dist.all_reduce(mean)  # (1, C, K)
             mean /= dist.get_world_size()
-        self.mu.lerp_(mean.to(self.mu.dtype), 1 - self.alpha)  # (1, C, K)
-
-
-def at_least_float32(x):
-    """bfloat16 of autocast becomes float32; float64 stays."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+        self.mu.lerp_(mean, 1 - self.alpha)  # (1, C, K)
 
 
 # ---- The relatives (Secs. 3.3, 5.4): drop-in blocks of the same shape, which end with convolution, BN and sum as EMAU
@@ -138,7 +131,7 @@ class NonLocal(nn.Module):
         self.out = nn.Sequential(nn.Conv2d(channels // 2, channels, 1, bias=False), nn.BatchNorm2d(channels))
 
     def forward(self, x):  # (B, C, h, w)
-        query, key, value = (at_least_float32(conv(x)).flatten(2).transpose(1, 2)
+        query, key, value = (conv(x).to(conv.weight.dtype).flatten(2).transpose(1, 2)
                              for conv in (self.theta, self.phi, self.g))  # (B, N, C/2) each
         with torch.autocast(x.device.type, enabled=False):                     # in float32, as EM is
             z = torch.softmax(query @ key.transpose(1, 2), dim=2)  # (B, N, N)
@@ -158,7 +151,7 @@ class A2Block(nn.Module):
         self.out = nn.Sequential(nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels))
 
     def forward(self, x):  # (B, C, h, w)
-        values, gather, distribute = (at_least_float32(conv(x)).flatten(2)
+        values, gather, distribute = (conv(x).to(conv.weight.dtype).flatten(2)
                                       for conv in (self.phi, self.theta, self.rho))  # (B, C, N), (B, K, N), (B, K, N)
         with torch.autocast(x.device.type, enabled=False):                     # in float32, as EM is
             bases = values @ torch.softmax(gather, dim=2).transpose(1, 2)  # (B, C, K)  means over the pixels
@@ -213,10 +206,10 @@ class EMANet(nn.Module):
         return self.reduce(self.backbone(images))  # (B, C, h, w)
 
     def head(self, x):
-        """Attention and classifier: features (B, C, h, w) -> logits (B, L, h, w) in at least float32."""
+        """Attention and classifier: features (B, C, h, w) -> logits (B, L, h, w) of the weights' dtype."""
         x = self.decoder(self.attention(x))  # (B, C or 256, h, w)
         with torch.autocast(x.device.type, enabled=False):                     # bfloat16 is too coarse: logits tie
-            return self.classifier(at_least_float32(x))  # (B, L, h, w)
+            return self.classifier(x.to(self.classifier.weight.dtype))  # (B, L, h, w)
 
     def set_output_stride(self, output_stride):
         """Changes the output stride (8, 16, 32) of the network, trained or not: dilations hold no weights."""
@@ -230,11 +223,10 @@ def conv_bn_relu(c_in, c_out):
 
 # ---- Checkpoints (skip at first reading): plain dicts of tensors and Python values, so that no code runs on loading
 # model.pth: {"model": state dict, "config": {"network": EMANet's arguments, "data": name, classes, "training": flags}}
-# last.pth: the same, and "optimizer", "iteration", "validated". A released file: {"net": state dict}
+# last.pth: the same, and "optimizer", "iteration". A released file: {"net": state dict}
 def save_checkpoint(checkpoint, path):
     """Writes a checkpoint whole or not at all: to a temporary file, synced to the disk, then renamed. UserError if it
     cannot be written; the previous file is intact then."""
-    path = Path(path)
     temporary = path.with_suffix(".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -274,37 +266,31 @@ def load_checkpoint(path):
     checkpoint = read_checkpoint(path)
     try:
         if "net" in checkpoint:
-            state, config = from_released(checkpoint["net"])
-            net = EMANet(**config)
-        else:
-            state, config = checkpoint["model"], checkpoint["config"]
-            net = EMANet(**config["network"])
-            net.trained_on = dict(config["data"])
-        net.load_state_dict(state)
+            checkpoint = from_released(checkpoint["net"])
+        net = EMANet(**checkpoint["config"]["network"])
+        net.load_state_dict(checkpoint["model"])
+        net.trained_on = dict(checkpoint["config"]["data"])
     except Exception as error:  # noqa: BLE001 - a bad config can raise anything
         raise UserError(f"{path}: does not fit the network it describes: {brief(error)}") from None
     return net.eval()
 
 
 RELEASED_NAMES = {  # the released network's names -> ours. Its extractor is a Sequential of the ResNet's parts.
-    "extractor.0": "backbone.conv1", "extractor.1": "backbone.bn1", "extractor.4": "backbone.layer1",
-    "extractor.5": "backbone.layer2", "extractor.6": "backbone.layer3", "extractor.7": "backbone.layer4",
-    "fc0.conv": "reduce.0", "fc0.bn": "reduce.1", "emau": "attention", "fc1.0.conv": "decoder.0",
-    "fc1.0.bn": "decoder.1", "fc2": "classifier"}
+    "extractor.0.": "backbone.conv1.", "extractor.1.": "backbone.bn1.", "extractor.4.": "backbone.layer1.",
+    "extractor.5.": "backbone.layer2.", "extractor.6.": "backbone.layer3.", "extractor.7.": "backbone.layer4.",
+    "fc0.conv.": "reduce.0.", "fc0.bn.": "reduce.1.", "emau.": "attention.", "fc1.0.conv.": "decoder.0.",
+    "fc1.0.bn.": "decoder.1.", "fc2.": "classifier.", "module.": ""}
 
 
 def from_released(released):
-    """State dict and EMANet arguments of a released network, the arguments read off its names and shapes."""
+    """A released network as a checkpoint of this project; what differs between networks is read off the shapes."""
     state = {}
     for key, value in released.items():
-        key = key.removeprefix("module.")
         for theirs, ours in RELEASED_NAMES.items():
-            if key.startswith(theirs + "."):
-                key = ours + key.removeprefix(theirs)
+            key = key.replace(theirs, ours)
         state[key] = value                                                     # an unknown name will fail to load
     _, channels, num_bases = state["attention.mu"].shape
     depth = len({key.split(".")[2] for key in state if key.startswith("backbone.layer3.")})
-    return state, {"num_classes": len(state["classifier.bias"]),
-                   "backbone": {6: "resnet50", 23: "resnet101", 36: "resnet152"}[depth],
-                   "stem": "deep" if "backbone.conv1.0.weight" in state else "7x7",
-                   "channels": channels, "num_bases": num_bases, "decoder": "decoder.0.weight" in state}
+    network = {"num_classes": len(state["classifier.bias"]), "stem": "deep", "decoder": True, "channels": channels,
+               "num_bases": num_bases, "backbone": {6: "resnet50", 23: "resnet101", 36: "resnet152"}[depth]}
+    return {"model": state, "config": {"network": network, "data": {}}}

@@ -82,7 +82,7 @@ def scores(confusion):
 
 
 @torch.no_grad()
-def evaluate(net, data, device, *, ms_flip=False, amp=None, workers=2, save_png=None, progress=False):
+def evaluate(net, data, device, *, ms_flip=False, amp=None, workers=2, save_png=None):
     """Scores a network on a whole data set: the dict of `scores`, with `images` and `seconds`. Leaves it in eval mode.
 
     Of several processes each takes every world-th image; the matrices are summed, so each image counts exactly once.
@@ -102,7 +102,7 @@ def evaluate(net, data, device, *, ms_flip=False, amp=None, workers=2, save_png=
         confusion += confusion_matrix(prediction, label.to(device), L)
         if save_png:
             save_index_png(prediction.cpu().numpy(), Path(save_png) / f"{data.ids[i]}.png", palette)
-        if progress and time.time() - reported > 5:
+        if time.time() - reported > 5:
             reported = time.time()
             left = timedelta(seconds=int((reported - start) / (i + 1) * (len(data) - i - 1)))      # if all are as fast
             print_on_rank0(f"  {i + 1}/{len(data)} images | eta {left}")
@@ -148,7 +148,7 @@ def open_dataset(args, net):
     data = build_dataset(name, args.data_root, args.split, context_classes=num_classes)
     if len(data.classes) != num_classes:
         raise UserError(f"the checkpoint has {num_classes} classes, {name} has {len(data.classes)}: no comparison")
-    if net.trained_on.get("classes", list(data.classes)) != list(data.classes):
+    if net.trained_on.get("classes", data.classes) != data.classes:
         raise UserError(f"the checkpoint's classes have other names, or another order, than those of {name} in "
                         f"{args.data_root}: scores would mean nothing")
     return data
@@ -173,7 +173,7 @@ def main(argv=None):
     print_on_rank0(f"{args.ckpt} | {net.config['backbone']}, output stride {net.config['output_stride']} | {data.name} "
                    f"{data.split}, {len(data)} images | {rank_and_world()[1]} x {device}, torch {torch.__version__}")
     result = evaluate(net, data, device, ms_flip=args.ms_flip, amp=pick_amp(args.amp, device), workers=args.workers,
-                      save_png=args.save_png, progress=True)
+                      save_png=args.save_png)
     if data.labelled:
         for name, iou in zip(data.classes, result["iou"], strict=True):
             print_on_rank0(f"  {name:20s} " + ("     -  (does not occur)" if iou is None else f"{100 * iou:6.2f}"))

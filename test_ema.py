@@ -34,7 +34,7 @@ import evaluate
 import train
 import visualize
 from backbone import DilatedResNet, UserError
-from data import Schedule, TrainView, build_dataset
+from data import TrainView, build_dataset, schedule
 from ema import EMAU, A2Block, EMANet, NonLocal, load_checkpoint, save_checkpoint
 
 HERE = Path(__file__).resolve().parent
@@ -186,7 +186,9 @@ def test_norms_of_the_bases():
 def test_non_local_is_the_re_estimation_from_all_pixels():
     """Sec. 5.4: Non-local with identities as projections is Eq. 14 with the N pixels as bases, exactly."""
     block, unit, x = NonLocal(6).double(), make_unit(6), torch.randn(2, 6, 4, 5).double()
-    block.theta = block.phi = block.g = block.out = nn.Identity()
+    block.theta = block.phi = block.g = nn.Conv2d(6, 6, 1, bias=False).double()
+    nn.init.dirac_(block.theta.weight)
+    block.out = nn.Identity()
     pixels = x.flatten(2).transpose(1, 2)                                              # (B, N, C)
     bases = pixels.transpose(1, 2)                                                     # (B, C, K = N)
     again = (unit.e_step(pixels, bases) @ bases.transpose(1, 2)).transpose(1, 2).view_as(x)
@@ -460,7 +462,7 @@ def test_crops_depend_on_seed_and_iteration_alone(folder_root):
 
 def test_schedule_shows_every_image_once_per_epoch():
     """Sec. 6.1: an epoch holds no image twice and leaves out less than a batch, in a new order every time."""
-    batches = list(Schedule(Ramp(length=11), 3, 0, range(1, 10)))
+    batches = list(schedule(Ramp(length=11), 3, 0, range(1, 10)))
     epochs = [[index for batch in batches[e:e + 3] for _, index in batch] for e in (0, 3, 6)]
     assert all(len(set(epoch)) == 9 and set(epoch) <= set(range(11)) for epoch in epochs)
     assert epochs[0] != epochs[1] and epochs[1] != epochs[2]
@@ -469,16 +471,15 @@ def test_schedule_shows_every_image_once_per_epoch():
 
 def test_schedule_is_the_same_for_any_number_of_processes():
     """Sec. 6.1: the global batch of an iteration is the same however it is cut, and wherever the run was resumed."""
-    schedule = partial(Schedule, Ramp(length=17), 8, 5)
-    whole = list(schedule(range(1, 7)))
+    deal = partial(schedule, Ramp(length=17), 8, 5)
+    whole = list(deal(range(1, 7)))
     assert len(whole) == 6 and all(len(batch) == 8 for batch in whole)
-    assert list(schedule(range(5, 7))) == whole[4:]
-    for world, accumulate in [(2, 1), (4, 1), (1, 2), (2, 2), (1, 8)]:
-        parts = [list(schedule(range(1, 7), rank, world, accumulate)) for rank in range(world)]
-        assert all(len(p) == 6 * accumulate and {len(b) for b in p} == {8 // world // accumulate} for p in parts)
+    assert list(deal(range(5, 7))) == whole[4:]
+    for world in (2, 4, 8):
+        shares = [list(deal(range(1, 7), rank, world)) for rank in range(world)]
+        assert all(len(share) == 6 and {len(batch) for batch in share} == {8 // world} for share in shares)
         for i, batch in enumerate(whole):
-            together = [key for p in parts for b in p[i * accumulate:(i + 1) * accumulate] for key in b]
-            assert sorted(together) == sorted(batch)
+            assert sorted(key for share in shares for key in share[i]) == sorted(batch)
 
 
 # ---- Sec. 6.1: training
@@ -503,7 +504,7 @@ def test_optimizer_decays_convolutions_only(options, tiny, monkeypatch):
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
     optimizer = train.build_optimizer(net, 9.0)               # the step's lr counts, not this one
     for _ in range(2):
-        train.training_step(net, optimizer, iter([None]), lr=0.2, accumulate=1, device=CPU, amp=None)
+        train.training_step(net, optimizer, random_batch(), lr=0.2, accumulate=1, device=CPU, amp=None)
     for name, p in net.named_parameters():
         wanted, momentum = before[name], 0
         for _ in range(0 if name.startswith("attention.conv1") and not options else 2):          # frozen as released
@@ -512,16 +513,17 @@ def test_optimizer_decays_convolutions_only(options, tiny, monkeypatch):
         assert torch.allclose(p, wanted, rtol=0, atol=2e-6), name
 
 
-def test_accumulated_batch_is_one_batch():
-    """--accumulate: a batch in two parts gives the loss and the step of the whole batch, where no BN sees the parts."""
-    images, labels = random_batch()
-    after = []
-    for parts in ([slice(0, 4)], [slice(0, 2), slice(2, 4)]):
+def test_accumulated_batch_is_one_batch(monkeypatch):
+    """--accumulate: a batch in three parts gives the loss and step of the whole batch, where no BN sees the parts."""
+    after, passes = [], []
+    spy(monkeypatch, train, "batch_loss", lambda _, batch, *__: passes.append([len(part) for part in batch]))
+    for parts in (1, 3):
         torch.manual_seed(0)
         net = nn.Conv2d(3, 4, 3, padding=1)
-        optimizer, loader = train.build_optimizer(net, 0.1), iter([(images[p], labels[p]) for p in parts])
-        loss, _ = train.training_step(net, optimizer, loader, lr=0.1, accumulate=len(parts), device=CPU, amp=None)
+        loss = train.training_step(net, train.build_optimizer(net, 0.1), random_batch(), lr=0.1, accumulate=parts,
+                                   device=CPU, amp=None)
         after.append((loss, net.weight, net.bias))
+    assert passes == [[6, 6], *[[2, 2]] * 3]
     assert all(torch.allclose(a, b, rtol=0, atol=1e-6) for a, b in zip(*after, strict=True))
 
 
@@ -620,14 +622,14 @@ def test_every_option_trains_and_comes_back(flags, trained, run_train, folder_ro
 def test_log_lines_are_means(run_train, tmp_path, monkeypatch):
     """Each fiftieth of a run has a line: mean loss, mean seconds and wait for data of its iterations, time left."""
     losses, clock, saved = iter(torch.arange(1.0, 201)), iter(range(1000)), []  # one second from line to line
-    monkeypatch.setattr(train, "training_step", lambda *_, **options: (next(losses), 0.125))
+    monkeypatch.setattr(train, "training_step", lambda *_, **options: next(losses))
     monkeypatch.setattr(train, "time", mock.Mock(time=clock.__next__))
     spy(monkeypatch, train, "save_checkpoint", lambda _, path: saved.append(path.stem))
     out, lines = run_train("--iters 200 --eval-every 150"), sorted({*range(4, 201, 4), 150})
     means = {i: (before + 1 + i) / 2 for before, i in zip([0, *lines], lines, strict=False)}
     assert log_of(tmp_path / "run", "loss") == means and " ".join(saved) == "last last model last model"
-    assert re.search(r"iter +4/200 .* lr 8.88e-03 \| 250 ms \(data 50%\) \| 8.0 img/s .* eta 0:00:49", out)
-    assert [set(log_of(tmp_path / "run", key).values()) for key in ("ms", "data_ms")] == [{250, 500}, {125}]
+    assert re.search(r"iter +4/200 .* lr 8.88e-03 \| 2250 ms \(data 44%\) \| 0.9 img/s .* eta 0:07:21", out)
+    assert [set(log_of(tmp_path / "run", key).values()) for key in ("ms", "data_ms")] == [{2250, 2500}, {1000}]
 
 
 def test_two_processes_train_one_network(pair):
@@ -1095,7 +1097,8 @@ TRAIN = ("--dataset folder --backbone resnet18 --weights none --channels 16 --cr
 
 def command(script, line):
     """What script.main prints, called with the words of the line; pytest keeps its own handlers of signals."""
-    with mock.patch("train.signal"), mock.patch("sys.stdout", io.StringIO()) as printed:
+    with (mock.patch("train.signal"), mock.patch("train.STOP", torch.tensor(0)),
+          mock.patch("sys.stdout", io.StringIO()) as printed):
         script.main(line.split())
     return printed.getvalue()
 

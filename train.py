@@ -21,12 +21,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")     # before torch: threads 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torchvision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from backbone import RESNETS, UserError, brief
-from data import DATASETS, IGNORE, Schedule, TrainView, build_dataset, normalise
+from data import DATASETS, IGNORE, TrainView, build_dataset, global_batch, normalise, schedule
 from ema import CHOICES, EMANet, load_checkpoint, read_checkpoint, save_checkpoint
 from evaluate import evaluate, init_process, layout, make_loader, pick_amp, print_on_rank0, rank_and_world, run, summary
 
@@ -137,40 +136,31 @@ def batch_loss(model, batch, device, amp):
 
 def build_optimizer(net, lr):
     """SGD as in the released code: weight decay on convolutions' weights alone, twice the lr on all biases."""
-    weights, scales, biases = [], [], []
-    for module in net.modules():
-        for name, p in module.named_parameters(recurse=False):
-            if not p.requires_grad:                         # EMAU's first convolution, with gradient none
-                continue
-            if name == "bias":
-                biases.append(p)
-            elif isinstance(module, nn.Conv2d):
-                weights.append(p)
-            else:                                           # BN's, and mu where it is a parameter
-                scales.append(p)
+    trained = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
+    biases = [p for name, p in trained if name.endswith("bias")]
+    weights = [p for name, p in trained if p.ndim == 4]                        # convolutions'
+    scales = [p for name, p in trained if p.ndim != 4 and not name.endswith("bias")]       # BN's, and mu by backprop
     return torch.optim.SGD([{"params": weights, "weight_decay": 1e-4, "lr_scale": 1},
                             {"params": scales, "weight_decay": 0, "lr_scale": 1},
                             {"params": biases, "weight_decay": 0, "lr_scale": 2}], lr=lr, momentum=0.9)
 
 
-def training_step(model, optimizer, loader, *, lr, accumulate, device, amp):
-    """One iteration: the loss of this process' part of the batch (a tensor), and the seconds it waited for data."""
+def training_step(model, optimizer, batch, *, lr, accumulate, device, amp):
+    """One iteration, with this process' share of the batch in `accumulate` backward passes; returns its loss."""
     model.train()
     torch.backends.cudnn.benchmark = True                                      # crops are all of one size
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
-    loss, data_seconds = 0, 0.0
-    for part in range(1, accumulate + 1):
-        before = time.time()
-        batch = next(loader)
-        data_seconds += time.time() - before
-        model.require_backward_grad_sync = part == accumulate    # DistributedDataParallel's: exchange gradients once
-        part_loss = batch_loss(model, batch, device, amp) / accumulate
-        part_loss.backward()
-        loss = loss + part_loss.detach()
+    images, labels = (tensor.chunk(accumulate) for tensor in batch)
+    total = 0
+    for part in range(accumulate):
+        model.require_backward_grad_sync = part + 1 == accumulate  # DistributedDataParallel's: exchange gradients once
+        loss = batch_loss(model, (images[part], labels[part]), device, amp) / accumulate
+        loss.backward()
+        total = total + loss.detach()
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return loss, data_seconds                                                  # no .item(): the device need not wait
+    optimizer.zero_grad()
+    return total                                                               # no .item(): the device need not wait
 
 
 # ---- The run
@@ -205,7 +195,6 @@ def train(args):
     if args.batch_size % (world * args.accumulate):
         raise UserError(f"--batch-size {args.batch_size} cannot be shared by {world} processes x --accumulate "
                         f"{args.accumulate}")
-    STOP.zero_()                                                 # of an earlier call
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, ask_to_stop)
 
@@ -219,7 +208,7 @@ def train(args):
     needs_weights = rank == 0 and not (checkpoint or args.init)
     net = build_network(args, len(data.classes), args.weights if needs_weights else "none")
     config = {"network": net.config | {"output_stride": EVAL_OUTPUT_STRIDE},
-              "data": {"dataset": data.name, "classes": list(data.classes), "images": len(data)},
+              "data": {"dataset": data.name, "classes": data.classes, "images": len(data)},
               "training": {key: value for key, value in vars(args).items() if key not in MAY_CHANGE}}
     if checkpoint:
         check_same_run(config, checkpoint)
@@ -240,15 +229,15 @@ def train(args):
         optimizer.load_state_dict(checkpoint["optimizer"])
         start = checkpoint["iteration"]
     iterations = range(start + 1, args.iters + 1)
-    schedule = Schedule(data, args.batch_size, args.seed, iterations, rank, world, args.accumulate)
-    loader = iter(make_loader(TrainView(data, args.crop, args.seed), device, args.workers, batch_sampler=schedule))
+    batches = schedule(data, args.batch_size, args.seed, iterations, rank, world)
+    loader = iter(make_loader(TrainView(data, args.crop, args.seed), device, args.workers, batch_sampler=batches))
 
     # all checks have passed: the output folder
     out, log = Path(args.out), Path(args.out) / "log.jsonl"
     out.mkdir(parents=True, exist_ok=True)
     weights = f"the checkpoint of iteration {start}" if checkpoint else args.init or net.backbone.weights_origin
     log_start(log, args, data, val, weights=weights, device=device, amp=amp)
-    if checkpoint and rank == 0 and checkpoint["validated"]:     # a kill may have come after last.pth, before model.pth
+    if start == args.iters and rank == 0:                        # a kill may have come after last.pth, before model.pth
         save_checkpoint({"model": net.state_dict(), "config": config}, out / "model.pth")
 
     log_every = max(1, min(50, args.iters // 50))
@@ -256,12 +245,13 @@ def train(args):
     losses, waited, since = [], 0.0, time.time()                 # of the iterations since the last log line
     for iteration in iterations:
         # step. Dropout's randomness is a function of (seed, iteration, rank), so that no state of it has to be saved.
-        torch.manual_seed(hash((args.seed, iteration, rank)))
+        torch.manual_seed((args.seed * args.iters + iteration) * world + rank)
         lr = args.lr * (1 - (iteration - 1) / args.iters) ** 0.9               # the "poly" policy
-        loss, data_seconds = training_step(model, optimizer, loader, lr=lr, accumulate=args.accumulate, device=device,
-                                           amp=amp)
+        asked = time.time()
+        batch = next(loader)
+        waited += time.time() - asked
+        loss = training_step(model, optimizer, batch, lr=lr, accumulate=args.accumulate, device=device, amp=amp)
         losses.append(loss)
-        waited += data_seconds
         if world > 1:
             dist.all_reduce(STOP, dist.ReduceOp.MAX)             # on the CPU: the GPU need not wait
         stop = STOP.item()
@@ -275,7 +265,7 @@ def train(args):
             if world > 1:
                 dist.all_reduce(losses)
                 losses /= world
-            check_finite(losses, net, iteration=iteration, data=data, schedule=schedule)
+            check_finite(losses, net, args=args, data=data, iteration=iteration)
             log_iterations(log, args, device, iteration=iteration, loss=losses.mean().item(), lr=lr,
                            seconds=(time.time() - since) / len(losses), data_seconds=waited / len(losses))
 
@@ -291,8 +281,7 @@ def train(args):
             write_log(log, iteration=iteration, **{f"val_{key}": value for key, value in result.items()})
         if save and rank == 0:
             saved = {"model": net.state_dict(), "config": config}
-            rest = {"optimizer": optimizer.state_dict(), "iteration": iteration, "validated": validate}
-            save_checkpoint(saved | rest, out / "last.pth")
+            save_checkpoint(saved | {"optimizer": optimizer.state_dict(), "iteration": iteration}, out / "last.pth")
             if validate:
                 save_checkpoint(saved, out / "model.pth")
         if stop and iteration < args.iters:
@@ -332,7 +321,7 @@ def find_checkpoint(args):
             raise UserError(f"{out} has a model.pth, but no last.pth to continue from: --out DIR starts another run")
         return None                              # it begins, also where it was killed before its first checkpoint
     path = last if args.resume == "auto" else Path(args.resume) if args.resume else None
-    elsewhere = path is None or path.resolve().parent != out.resolve()
+    elsewhere = path is None or path.parent.resolve() != out.resolve()
     if elsewhere and out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty: --resume auto continues the run in it, --out DIR starts another")
     if path is None:
@@ -346,15 +335,14 @@ def find_checkpoint(args):
 def check_same_run(config, checkpoint):
     """UserError if a run would continue with other settings or other data than it was started with."""
     for part in ("training", "data"):
-        before = checkpoint["config"].get(part, {})
-        for key, value in config[part].items():
-            if before.get(key) != value:
-                was, now = str(before.get(key))[:60], str(value)[:60]
-                raise UserError(f"the run was started with another {key.replace('_', '-')} ({was}, not {now}): keep "
-                                "it, or start another run with --out DIR")
+        for key, now in config[part].items():
+            was = checkpoint["config"][part].get(key)
+            if was != now:
+                raise UserError(f"the run was started with another {key.replace('_', '-')} ({str(was)[:60]}, not "
+                                f"{str(now)[:60]}): keep it, or start another run with --out DIR")
 
 
-def check_finite(losses, net, *, iteration, data, schedule):
+def check_finite(losses, net, *, args, data, iteration):
     """UserError if one of the losses (iterations,), the last that of `iteration`, or a weight is not finite."""
     bad = losses.isfinite().logical_not().nonzero().flatten().tolist()
     if not bad and all(p.isfinite().all() for p in net.parameters()):
@@ -362,7 +350,7 @@ def check_finite(losses, net, *, iteration, data, schedule):
     if bad:
         first = iteration - len(losses) + 1
         iteration = first + bad[0]
-    images = ", ".join(str(data.ids[i]) for i in schedule.indices(iteration))
+    images = ", ".join(str(data.ids[i]) for i in global_batch(data, args.batch_size, args.seed, iteration))
     raise UserError(f"the {'loss' if bad else 'update'} of iteration {iteration} is not finite (images {images}): "
                     "look at these images, or start again with a lower --lr and another --out")
 
@@ -380,8 +368,7 @@ def ask_to_stop(number, frame):
 def log_start(path, args, data, val, *, weights, device, amp):
     """Prints and writes what one needs to know to compare a run with the paper, or to repeat it."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    machine = f"{rank_and_world()[1]} x {name}, {'bfloat16' if amp else 'float32'}, torch {torch.__version__}, " \
-              f"torchvision {torchvision.__version__}"
+    machine = f"{rank_and_world()[1]} x {name}, {'bfloat16' if amp else 'float32'}, torch {torch.__version__}"
     print_on_rank0("settings " + " ".join(f"{key}={value}" for key, value in vars(args).items()))
     print_on_rank0(f"weights  {weights}")
     print_on_rank0(f"data     {data.name} {data.split}: {len(data)} images, {len(data.classes)} classes; "

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from backbone import UserError
-from data import CLASSES, DATASETS, IGNORE, normalise, overlay, palette_of, read_image, save_index_png, to_pil
+from data import CLASSES, DATASETS, IGNORE, normalise, overlay, palette_of, read_image, save_index_png
 from ema import EMAU, load_checkpoint
 from evaluate import layout, open_dataset, pad, pick_device, predict, run
 
@@ -42,7 +43,7 @@ def at_image_size(maps, size, stride):
     return F.interpolate(maps, padded, mode="bilinear", align_corners=True)[:, :, :size[0], :size[1]]
 
 
-def choose_bases(wanted, z, count=4):
+def choose_bases(wanted, z):
     """Indices of the bases to show, for responsibilities z (T, K, h, w): given as "3,17", or those that hold the most
     pixels. (Fig. 5 shows random ones.)"""
     K = z.shape[1]
@@ -52,7 +53,7 @@ def choose_bases(wanted, z, count=4):
             raise UserError(f"--bases {wanted}: give numbers from 0 to {K - 1} with commas between them")
         return bases
     held = torch.bincount(z[-1].flatten(1).argmax(0), minlength=K)  # (K,)
-    return held.argsort(descending=True, stable=True)[:count].tolist()
+    return held.argsort(descending=True, stable=True)[:4].tolist()
 
 
 # ---- Drawing (skip at first reading). A picture is a grid: rows of (PIL image, caption)
@@ -61,7 +62,7 @@ def picture(image, label, prediction, maps, bases, classes):
     its responsibilities, maps (T, len(bases), H, W)."""
     palette = palette_of(classes)
     shown = torch.cat([part.flatten() for part in (prediction, label) if part is not None]).unique()
-    rows = [[(to_pil(image), "image"), (overlay(image, prediction, palette), "prediction"),
+    rows = [[(to_pil_image(image), "image"), (overlay(image, prediction, palette), "prediction"),
              (legend(image, [int(c) for c in shown if c != IGNORE], classes, palette), "")]]
     if label is not None:
         rows[0].insert(1, (overlay(image, label, palette), "label"))
@@ -127,9 +128,9 @@ def images_of(data, count):
 
 def shrink(image, longer_side):
     """Shrinks an image uint8 (3, H, W) to this longer side at most: about the size it would have in training."""
-    image = to_pil(image)
+    image = to_pil_image(image)
     image.thumbnail((longer_side, longer_side), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, H', W')
+    return pil_to_tensor(image)  # (3, H', W')
 
 
 def parse_args(argv=None):
@@ -172,7 +173,8 @@ def main(argv=None):
         size = image.shape[1:]
         if args.image:
             image = shrink(image, args.size)  # (3, H', W')
-        prediction, maps, bases = predict(net, image.to(device)).argmax(0).byte().cpu(), None, []  # (H', W')
+        prediction = predict(net, image.to(device)).argmax(0).byte().cpu()  # (H', W')
+        maps, bases = None, []
         if isinstance(net.attention, EMAU):
             z = responsibilities(net, image.to(device))  # (T, K, h, w)
             bases = choose_bases(args.bases, z)

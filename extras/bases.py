@@ -116,7 +116,7 @@ def main(argv=None):
         mious = []
         for T in args.em_iterations or ():
             net.attention.iterations = T
-            result = evaluate(net, data, device, amp=pick_amp(args.amp, device), workers=args.workers, progress=True)
+            result = evaluate(net, data, device, amp=pick_amp(args.amp, device), workers=args.workers)
             mious.append(result["miou"])
         rows.append((path, net.config["em_iterations"], mious))
         net.cpu()                                                    # room for the next one

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import default_collate
 
-from data import IGNORE, Schedule, TrainView, build_dataset, normalise
+from data import IGNORE, TrainView, build_dataset, normalise, schedule
 from evaluate import MS_SCALES, layout, make_loader, pad, pick_amp, pick_device, predict, run
 from train import EVAL_OUTPUT_STRIDE, batch_loss, build_network, build_optimizer, parse_args, segmentation_loss
 
@@ -51,10 +51,9 @@ class Ours:
         """The optimiser, the crops one by one, and the loader with its workers."""
         self.optimizer = build_optimizer(self.net, 1e-6)
         self.crops = self.view(data, args.crop, args.seed)
-        schedule = Schedule(data, args.batch_size, args.seed, range(1, 10 ** 6))
-        self.keys = iter(schedule)
+        self.keys, batches = (schedule(data, args.batch_size, args.seed, range(1, 10 ** 6)) for _ in range(2))
         self.batch = default_collate([self.crops[key] for key in next(self.keys)])
-        self.loader = iter(make_loader(self.crops, self.device, args.workers, batch_sampler=schedule))
+        self.loader = iter(make_loader(self.crops, self.device, args.workers, batch_sampler=batches))
 
     # Each of these does some work and returns the number of images.
     def load(self):

@@ -31,7 +31,7 @@ import data
 import evaluate
 import train
 from backbone import UserError
-from data import Schedule, build_dataset
+from data import build_dataset, global_batch
 from ema import EMAU, EMANet, NonLocal, load_checkpoint, read_checkpoint, save_checkpoint
 from extras import bases, bench, check_data, costs, curves, drawn
 from extras.evidence import look
@@ -215,7 +215,7 @@ def test_lost_worker_ends_the_run(place, call, action, command, tmp_path):
 def test_loss_that_is_not_finite_stops_the_run(world, command, straight, folder, tmp_path):
     """A loss that is not finite stops all processes with a line that names iteration and images; nothing is lost."""
     pairs = build_dataset("folder", folder, "train")
-    images = ", ".join(pairs.ids[i] for i in Schedule(pairs, 2, 0, range(8)).indices(4))
+    images = ", ".join(pairs.ids[i] for i in global_batch(pairs, 2, 0, 4))
     results = launch(tmp_path, command, partial(at_call, "train.normalise", 4, "give nan", rank=world - 1), world)
     for status, out, err in results:
         assert status == 1 and f"the loss of iteration 4 is not finite (images {images})" in err, err
@@ -227,11 +227,11 @@ def test_loss_that_is_not_finite_stops_the_run(world, command, straight, folder,
 
 def test_first_iteration_that_is_not_finite_is_named():
     """Of several losses that are not finite the first is named; so is an update that leaves no finite weights."""
-    net, pictures, schedule = torch.nn.Linear(1, 1), SimpleNamespace(ids=range(9)), SimpleNamespace(indices=range)
+    net, args, scenes = torch.nn.Linear(1, 1), SimpleNamespace(batch_size=2, seed=0), build_dataset("scenes")
     net.weight.data.fill_(np.inf)
     for losses, words in (([1.0], "update of iteration 5"), ([1.0, np.nan, np.nan], "loss of iteration 4")):
         with pytest.raises(UserError, match=f"{words} is not finite"):
-            train.check_finite(torch.tensor(losses), net, iteration=5, data=pictures, schedule=schedule)
+            train.check_finite(torch.tensor(losses), net, args=args, data=scenes, iteration=5)
 
 
 def test_matrix_is_the_same_for_any_number_of_processes(folder, tmp_path):

@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import Dataset
+from torchvision.transforms.functional import to_pil_image
 
-from data import IGNORE, build_dataset, normalise, to_pil
+from data import IGNORE, build_dataset, normalise
 from ema import EMAU, load_checkpoint
 from evaluate import evaluate, pad, pick_amp, run
 from extras.evidence.run import HERE, ROOT, commit, lines
@@ -42,7 +43,7 @@ def brightness(factor):
 
 def jpeg(image, i):
     buffer = io.BytesIO()
-    to_pil(image).save(buffer, "JPEG", quality=10)
+    to_pil_image(image).save(buffer, "JPEG", quality=10)
     return torch.from_numpy(np.array(Image.open(buffer))).permute(2, 0, 1)
 
 
