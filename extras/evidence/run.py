@@ -50,7 +50,8 @@ EXPERIMENTS = {  # name: flags of all runs, {arm: its flags}, seeds
     "cells-sizes": ("--dataset cells " + CELLS, SIZES, 2),
     "cells-local": ("--dataset cells-local " + CELLS, {a: ARMS[a] for a in ("none", "emau-none", "emau-full")}, 1),
     "camvid": (CAMVID, ARMS, 2),
-    "voc320-lr": (VOC320, {f"lr{lr}": f"--lr {lr} --attention none" for lr in (0.00225, 0.0045, 0.009)}, 1)}
+    "voc320-lr": (VOC320, {f"lr{lr}": f"--lr {lr} --attention none" for lr in (0.00225, 0.0045, 0.009)}, 1),
+    "voc320": (VOC320 + " --lr 0.009", ARMS, 3)}
 
 
 def lines(name):
