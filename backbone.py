@@ -70,8 +70,9 @@ class DilatedResNet(nn.Module):
             raise UserError(f"output stride {output_stride}: it must be 8" + ("" if small else ", 16 or 32"))
         if small:
             return
-        # layer3's stride and rate, layer4's stride and rates: R = 32 / S times the multi-grid 1, 2, 4 (Sec. 6.1). As in
-        # torchvision a layer's first block keeps the rate of the layer before.
+        # layer3's stride and rate, layer4's stride and the rates of its blocks. The multi-grid (Sec. 6.1) multiplies
+        # layer4's rate 32 / S by 1, 2, 4; but as in torchvision a layer's first block keeps the rate of the layer
+        # before: at S = 8 the blocks have 2, 8, 16 instead of 4, 8, 16.
         stride3, rate3, stride4, rates4 = {
             8: (1, 2, 1, (2, 8, 16)),
             16: (2, 1, 1, (1, 4, 8)),
@@ -105,6 +106,7 @@ def deepen_stem(net):
         nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")      # as torchvision does elsewhere
 
 
+# ---- Weights (skip at first reading)
 def read_weights(name, stem, weights):
     """The backbone's weights: a state dict, or None for random ones, and where they come from, for the user to see."""
     if weights == "none":

@@ -56,8 +56,9 @@ CLASSES = {name: names.split(", ") for name, names in {  # names in the order of
         "wall-other, wall-panel, wall-stone, wall-tile, wall-wood, water-other, waterdrops, window-blind, "
         "window-other, wood")}.items()}
 CONTEXT_IDS = (  # of those 59 among the 459 labels of trainval/*.mat; all others are "other"
-    "2 23 25 31 34 45 59 65 72 98 397 113 207 258 284 308 347 368 416 427 9 18 22 33 44 46 68 80 85 104 115 144 158 "
-    "159 162 187 189 220 232 259 260 105 296 355 295 324 326 349 354 360 366 19 415 420 424 440 445 454 458")
+    2, 23, 25, 31, 34, 45, 59, 65, 72, 98, 397, 113, 207, 258, 284, 308, 347, 368, 416, 427, 9, 18, 22, 33, 44, 46,
+    68, 80, 85, 104, 115, 144, 158, 159, 162, 187, 189, 220, 232, 259, 260, 105, 296, 355, 295, 324, 326, 349, 354,
+    360, 366, 19, 415, 420, 424, 440, 445, 454, 458)
 COCO_REMOVED = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91)      # ids 1..182 without a class: 171 are left
 COCO_CLASS = {i: c for c, i in enumerate(i for i in range(1, 183) if i not in COCO_REMOVED)} | {
     i: IGNORE for i in COCO_REMOVED}                             # id -> class
@@ -173,11 +174,10 @@ def context(root, split, num_classes):
     ids = read_list(within(root, "VOCdevkit/VOC2010/ImageSets/Main") / f"{split}.txt")
     images = find_files(within(root, "VOCdevkit/VOC2010/JPEGImages", "VOCdevkit/VOC2012/JPEGImages"), ids, (".jpg",))
     mats = within(root, "trainval", "VOCdevkit/trainval", "VOCdevkit/VOC2010/trainval", "context/trainval")
-    classes, other, first = CLASSES["context"], IGNORE, 0
-    if num_classes == 60:                            # everything else is class 0
-        classes, other, first = ["other", *classes], 0, 1
-    table = {raw: other for raw in range(460)}
-    table |= {int(raw): c for c, raw in enumerate(CONTEXT_IDS.split(), first)}
+    sixty = num_classes == 60                        # everything else is class 0, "other"; with 59 it is ignored
+    classes = ["other"] * sixty + CLASSES["context"]
+    table = {raw: 0 if sixty else IGNORE for raw in range(460)}
+    table |= {raw: c for c, raw in enumerate(CONTEXT_IDS, int(sixty))}
     return Pairs("context", split, classes, ids, images, find_files(mats, ids, (".mat",)), label_table(table))
 
 
@@ -326,14 +326,15 @@ class TrainView(Dataset):
         # Cut crop / scale pixels out of the source, then scale that piece alone, in uint8.
         # differs: the released code scales the whole image, then crops: slower, and the same up to rounding, but its
         # labels lie a little off the image's grid.
-        top, height, new_height = self.cut(rng, image.shape[1], scale)
-        left, width, new_width = self.cut(rng, image.shape[2], scale)
+        top, height, new_height = self.span(rng, image.shape[1], scale)
+        left, width, new_width = self.span(rng, image.shape[2], scale)
         image = image[:, top:top + height, left:left + width]  # (3, height, width)
         label = label[top:top + height, left:left + width]  # (height, width)
-        if scale != 1:                                             # the label by hand: nearest has no align_corners
+        if scale != 1:
             image = F.interpolate(image[None], (new_height, new_width), mode="bilinear", align_corners=True)[0]
+            # The label's nearest pixels on the same grid: F.interpolate's "nearest" has no align_corners.
             rows, columns = (np.floor(np.linspace(0, old - 1, new) + 0.5).astype(int)
-                             for old, new in ((height, new_height), (width, new_width)))  # the nearest pixels
+                             for old, new in ((height, new_height), (width, new_width)))  # (new_height,), (new_width,)
             label = torch.from_numpy(label.numpy()[rows][:, columns])  # (new_height, new_width)
         # differs: the released code pads with 0 after normalisation; the mean colour becomes 0 to within 0.01.
         padded = MEAN.round().byte().repeat(1, self.crop, self.crop)  # (3, crop, crop)
@@ -341,8 +342,8 @@ class TrainView(Dataset):
         label = F.pad(label, (0, self.crop - new_width, 0, self.crop - new_height), value=IGNORE)  # (crop, crop)
         return (padded.flip(2), label.flip(1)) if flip else (padded, label)    # after the padding, as the released code
 
-    def cut(self, rng, size, scale):
-        """Where one side is cut: its first pixel, how many pixels of the source, and how many after scaling."""
+    def span(self, rng, size, scale):
+        """One side of the crop: its first pixel in the source, how many pixels there, and how many after scaling."""
         length = round(self.crop / scale)
         if length <= size:
             return rng.integers(size - length + 1), length, self.crop

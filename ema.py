@@ -34,7 +34,8 @@ class EMAU(nn.Module):
     in:  features (B, C, h, w)
     out: features (B, C, h, w)
 
-    num_bases K, iterations T; lam is lambda of Eq. 12, the inverse temperature; alpha the momentum of Eq. 15.
+    num_bases K, iterations T (rounds of EM); lam is lambda of Eq. 12, the inverse temperature; alpha the momentum of
+        Eq. 15.
     base_update: how mu^(0), `mu` (1, C, K), is kept (Sec. 5.2): "average" of the batches, as BN keeps its statistics;
         "backprop", as a parameter; "fixed" at its init.
     base_norm: what follows every M-step (Sec. 5.3): "l2", "layer" (without gain and bias), "none".
@@ -70,7 +71,8 @@ class EMAU(nn.Module):
         residual = x
         x = self.pixels(x)  # (B, N, C)
         with torch.autocast(x.device.type, enabled=False):                     # sums over N pixels need float32
-            *_, (z, mu) = self.em(x)  # (B, N, K), (B, C, K)  the last round's
+            for z, mu in self.em(x):  # (B, N, K), (B, C, K)
+                pass                                                           # the last round's are used
             if self.training and self.base_update == "average":
                 self.update_bases(mu)
             x = z @ mu.transpose(1, 2)  # (B, N, C)  X~, re-estimation, Eq. 14
@@ -90,7 +92,7 @@ class EMAU(nn.Module):
             z = self.e_step(x, mu)  # (B, N, K)
             mu = self.m_step(x, z)  # (B, C, K)
             if self.gradient == "last":
-                mu = mu.detach()           # z and the output take it as a constant: x learns by the last z alone
+                mu = mu.detach()                            # a constant: x learns by the last z alone
             yield z, mu
 
     def e_step(self, x, mu):
@@ -174,7 +176,7 @@ class EMANet(nn.Module):
                  attention="emau", num_bases=64, em_iterations=3, lam=1.0, alpha=0.9, base_update="average",
                  base_norm="l2", gradient="none", decoder=False, bn_momentum=3e-4, layers=4):
         super().__init__()
-        # Must stay first: all arguments but the weights, which a checkpoint brings. (super() adds `__class__`.)
+        # Before any other local variable: all arguments but the weights, which a checkpoint brings, and `__class__`.
         self.config = {key: value for key, value in locals().items() if key not in ("self", "__class__", "weights")}
         self.trained_on = {}                                                   # filled by load_checkpoint
         self.backbone = DilatedResNet(backbone, stem, weights, output_stride, layers)
@@ -208,7 +210,7 @@ class EMANet(nn.Module):
     def head(self, x):
         """Attention and classifier: features (B, C, h, w) -> logits (B, L, h, w) of the weights' dtype."""
         x = self.decoder(self.attention(x))  # (B, C or 256, h, w)
-        with torch.autocast(x.device.type, enabled=False):                     # bfloat16 is too coarse: logits tie
+        with torch.autocast(x.device.type, enabled=False):           # in bfloat16 several classes often get one logit
             return self.classifier(x.to(self.classifier.weight.dtype))  # (B, L, h, w)
 
     def set_output_stride(self, output_stride):

@@ -25,7 +25,7 @@ from data import DATASETS, build_dataset, normalise, palette_of, save_index_png
 from ema import EMAU, load_checkpoint
 
 TIMEOUT = 600                                           # seconds until a process or worker that hangs ends the job
-MS_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)           # two forks' choice; the released code has no test at scales
+MS_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)           # two forks' of the released code, which itself has none
 
 
 # ---- Prediction
@@ -145,7 +145,7 @@ def open_dataset(args, net):
     name, num_classes = args.dataset or net.trained_on.get("dataset"), net.config["num_classes"]
     if name not in DATASETS:
         raise UserError("the checkpoint does not say what it was trained on: add --dataset, e.g. --dataset voc")
-    data = build_dataset(name, args.data_root, args.split, context_classes=num_classes)
+    data = build_dataset(name, args.data_root, args.split, context_classes=num_classes)    # 59 or 60, for Context alone
     if len(data.classes) != num_classes:
         raise UserError(f"the checkpoint has {num_classes} classes, {name} has {len(data.classes)}: no comparison")
     if net.trained_on.get("classes", data.classes) != data.classes:

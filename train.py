@@ -178,13 +178,22 @@ def build_datasets(args):
 
 def build_network(args, num_classes, weights):
     settings = {key: getattr(args, key) for key in NETWORK}
-    # BN's running statistics settle in about 9 / momentum iterations.
-    # differs: the released code's 3e-4 from the paper's 30,000 iterations on, more in shorter runs.
+    # 9 / iterations leaves exp(-9) of BN's initial running statistics at the end.
+    # differs: the released code has 3e-4 always, which is 9 / 30,000; a short run would keep half-initial statistics.
     bn_momentum = min(0.1, max(3e-4, 9 / args.iters))
     # Running averages move once for each part: by these roots all parts together count as one update.
     settings["alpha"] = args.alpha ** (1 / args.accumulate)
     bn_momentum = 1 - (1 - bn_momentum) ** (1 / args.accumulate)
     return EMANet(num_classes, weights=weights, bn_momentum=bn_momentum, **settings)
+
+
+STOP = torch.tensor(0)        # the number of the signal that asked one of the processes to stop
+
+
+def ask_to_stop(number, frame):
+    """The first Ctrl-C or SIGTERM: stop after this iteration (and its validation), all saved. A second one kills."""
+    STOP.fill_(number)
+    signal.signal(number, signal.SIG_DFL)
 
 
 def train(args):
@@ -235,14 +244,14 @@ def train(args):
     # all checks have passed: the output folder
     out, log = Path(args.out), Path(args.out) / "log.jsonl"
     out.mkdir(parents=True, exist_ok=True)
-    weights = f"the checkpoint of iteration {start}" if checkpoint else args.init or net.backbone.weights_origin
-    log_start(log, args, data, val, weights=weights, device=device, amp=amp)
+    origin = f"the checkpoint of iteration {start}" if checkpoint else args.init or net.backbone.weights_origin
+    log_start(log, args, data, val, origin=origin, device=device, amp=amp)
     if start == args.iters and rank == 0:                        # a kill may have come after last.pth, before model.pth
         save_checkpoint({"model": net.state_dict(), "config": config}, out / "model.pth")
 
     log_every = max(1, min(50, args.iters // 50))
     save_every = max(100, min(1000, args.iters // 10))           # last.pth, however rare the validations are
-    losses, waited, since = [], 0.0, time.time()                 # of the iterations since the last log line
+    losses, waited, since = [], 0.0, time.time()                 # since the last log line; seconds waited for data
     for iteration in iterations:
         # step. Dropout's randomness is a function of (seed, iteration, rank), so that no state of it has to be saved.
         torch.manual_seed((args.seed * args.iters + iteration) * world + rank)
@@ -261,12 +270,12 @@ def train(args):
 
         # log
         if log_now:
-            losses = torch.stack(losses)  # (iterations,)
+            recent = torch.stack(losses)  # (iterations,)
             if world > 1:
-                dist.all_reduce(losses)
-                losses /= world
-            check_finite(losses, net, args=args, data=data, iteration=iteration)
-            log_iterations(log, args, device, iteration=iteration, loss=losses.mean().item(), lr=lr,
+                dist.all_reduce(recent)
+                recent /= world
+            check_finite(recent, net, args=args, data=data, iteration=iteration)
+            log_iterations(log, args, device, iteration=iteration, loss=recent.mean().item(), lr=lr,
                            seconds=(time.time() - since) / len(losses), data_seconds=waited / len(losses))
 
         # validate and save
@@ -298,7 +307,7 @@ def train(args):
     return 0
 
 
-# ---- Starting, resuming, stopping (skip at first reading)
+# ---- Starting, resuming, failing (skip at first reading)
 def load_init(net, path):
     """Starts from the network of a checkpoint; with a new classifier where the number of classes differs."""
     source = load_checkpoint(path)
@@ -319,8 +328,11 @@ def find_checkpoint(args):
     if args.resume == "auto" and not last.exists():
         if (out / "model.pth").exists():
             raise UserError(f"{out} has a model.pth, but no last.pth to continue from: --out DIR starts another run")
-        return None                              # it begins, also where it was killed before its first checkpoint
-    path = last if args.resume == "auto" else Path(args.resume) if args.resume else None
+        return None                              # a new run, or one killed before its first checkpoint
+    if args.resume == "auto":
+        path = last
+    else:
+        path = Path(args.resume) if args.resume else None
     elsewhere = path is None or path.parent.resolve() != out.resolve()
     if elsewhere and out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty: --resume auto continues the run in it, --out DIR starts another")
@@ -355,22 +367,13 @@ def check_finite(losses, net, *, args, data, iteration):
                     "look at these images, or start again with a lower --lr and another --out")
 
 
-STOP = torch.tensor(0)        # the number of the signal that asked one of the processes to stop
-
-
-def ask_to_stop(number, frame):
-    """The first Ctrl-C or SIGTERM: stop after this iteration (and its validation), all saved. A second one kills."""
-    STOP.fill_(number)
-    signal.signal(number, signal.SIG_DFL)
-
-
 # ---- Logging (skip at first reading)
-def log_start(path, args, data, val, *, weights, device, amp):
+def log_start(path, args, data, val, *, origin, device, amp):
     """Prints and writes what one needs to know to compare a run with the paper, or to repeat it."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     machine = f"{rank_and_world()[1]} x {name}, {'bfloat16' if amp else 'float32'}, torch {torch.__version__}"
     print_on_rank0("settings " + " ".join(f"{key}={value}" for key, value in vars(args).items()))
-    print_on_rank0(f"weights  {weights}")
+    print_on_rank0(f"weights  {origin}")
     print_on_rank0(f"data     {data.name} {data.split}: {len(data)} images, {len(data.classes)} classes; "
                    f"validation: {len(val) if val else 'none'}")
     print_on_rank0(f"machine  {machine}")
