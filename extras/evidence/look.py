@@ -1,10 +1,12 @@
-"""Looks at trained networks, without training: robustness to the input's variance, compactness of what attention gives.
+"""Looks at trained networks, without training: robustness to the input's variance, compactness of what attention gives,
+and a picture of what the bases see in a photograph.
 
     python -m extras.evidence.look robustness --data-root DIR          # of the networks that run.py camvid has trained
     python -m extras.evidence.look compactness --data-root DIR
     python -m extras.evidence.look robustness compactness --table      # print what is there, run nothing
+    python -m extras.evidence.look photograph                          # with the networks of run.py voc320, seed 0
 
-Writes robustness.jsonl and compactness.jsonl here, one line per network; resumes.
+Writes robustness.jsonl and compactness.jsonl here, one line per network; resumes. The photograph: assets/cat.png.
 
 Shapes: N pixels of the feature map, C channels, K bases, L classes.
 """
@@ -20,10 +22,11 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import to_pil_image
 
-from data import IGNORE, build_dataset, normalise
+from data import IGNORE, build_dataset, normalise, overlay, palette_of, read_image
 from ema import EMAU, load_checkpoint
-from evaluate import evaluate, pad, pick_amp, run
+from evaluate import evaluate, pad, pick_amp, predict, run
 from extras.evidence.run import HERE, ROOT, commit, lines
+from visualize import at_image_size, choose_bases, grid, heat, responsibilities, shrink
 
 CPU = torch.device("cpu")
 
@@ -132,6 +135,23 @@ def compactness(net, data, rounds=8):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+def photograph(plain, net, path):
+    """Draws chelsea.png: its prediction by a network without attention and by one with EMAU, and the responsibilities
+    of the three bases that hold the most pixels, round by round (Fig. 5)."""
+    image = shrink(read_image(HERE / "chelsea.png"), 320)                      # (3, H, W)   as large as those of VOC320
+    row = [(to_pil_image(image), "photograph")]
+    for network, caption in ((plain, "prediction without attention"), (net, "prediction with EMAU")):
+        label = predict(network, image).argmax(0).byte()                       # (H, W)
+        row.append((overlay(image, label, palette_of(network.trained_on["classes"])), caption))
+    z = responsibilities(net, image)                                           # (T, K, h, w)
+    bases = choose_bases(None, z)[:3]
+    maps = at_image_size(z[:, bases], image.shape[1:], net.config["output_stride"])    # (T, 3, H, W)
+    rows = [[(heat(m, maps[:, n].max().item()), f"basis {k}, round {t}") for t, m in enumerate(maps[:, n], 1)]
+            for n, k in enumerate(bases)]
+    grid([row, *rows]).save(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 def table(name):
     """Means over the seeds of each arm; robustness: also relative to clean, and the paired difference from `none`."""
     done = lines(name)
@@ -163,7 +183,7 @@ def table(name):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="+", choices=("robustness", "compactness"))
+    parser.add_argument("what", nargs="+", choices=("robustness", "compactness", "photograph"))
     parser.add_argument("--runs", type=Path, default=ROOT / "out" / "evidence", help="where run.py trains")
     parser.add_argument("--arms", nargs="+", default=["none", "emau-none", "emau-last", "emau-full"],
                         help="of which runs")
@@ -171,6 +191,10 @@ def main(argv=None):
     parser.add_argument("--table", action="store_true", help="print what is there")
     args = parser.parse_args(argv)
     for what in args.what:
+        if what == "photograph":
+            plain, net = (load_checkpoint(args.runs / f"voc320-{arm}-0" / "model.pth") for arm in ("none", "emau-none"))
+            photograph(plain, net, ROOT / "assets" / "cat.png")
+            continue
         path = HERE / f"{what}.jsonl"
         done = [line["network"] for line in lines(what)]
         for checkpoint in [] if args.table else sorted(args.runs.glob("camvid-*/model.pth")):
