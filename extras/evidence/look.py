@@ -3,10 +3,12 @@ and a picture of what the bases see in a photograph.
 
     python -m extras.evidence.look robustness --data-root DIR          # of the networks that run.py camvid has trained
     python -m extras.evidence.look compactness --data-root DIR
+    python -m extras.evidence.look settings --data-root DIR            # of those that run.py voc320 has trained
     python -m extras.evidence.look robustness compactness --table      # print what is there, run nothing
     python -m extras.evidence.look photograph                          # with the networks of run.py voc320, seed 0
 
-Writes robustness.jsonl and compactness.jsonl here, one line per network; resumes. The photograph: assets/cat.png.
+Writes robustness.jsonl, compactness.jsonl and settings.jsonl here, one line per network; resumes. The photograph:
+assets/cat.png.
 
 Shapes: N pixels of the feature map, C channels, K bases, L classes.
 """
@@ -25,7 +27,7 @@ from torchvision.transforms.functional import to_pil_image
 from data import IGNORE, build_dataset, normalise, overlay, palette_of, read_image
 from ema import EMAU, load_checkpoint
 from evaluate import evaluate, pad, pick_amp, predict, run
-from extras.evidence.run import HERE, ROOT, commit, lines
+from extras.evidence.run import HERE, NINE, ROOT, commit, lines, voc320
 from visualize import at_image_size, choose_bases, grid, heat, responsibilities, shrink
 
 CPU = torch.device("cpu")
@@ -135,6 +137,23 @@ def compactness(net, data, rounds=8):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Fig. 4 and Sec. 6.1: other settings in evaluation than in training
+def settings(net, data):
+    """{setting: mean IoU of the nine classes}: output stride 16, as in training; T = 1, 2, 8 rounds at stride 8."""
+    def score():
+        iou = evaluate(net, data, CPU, workers=0)["iou"]
+        return float(np.mean([iou[c] for c in NINE]))
+
+    net.set_output_stride(16)
+    values = {"stride 16": score()}
+    net.set_output_stride(8)
+    for T in (1, 2, 8) if isinstance(net.attention, EMAU) else ():
+        net.attention.iterations = T
+        values[f"T = {T}"] = score()
+    return values
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 def photograph(plain, net, path):
     """Draws chelsea.png: its prediction by a network without attention and by one with EMAU, and the responsibilities
     of the three bases that hold the most pixels, round by round (Fig. 5)."""
@@ -167,6 +186,8 @@ def table(name):
             values = np.array([r[key] for r in runs.values()])
             if not len(values):
                 row += f"{'-':>22s}"
+            elif name == "settings":
+                row += f"{100 * values.mean():22.2f}"
             elif name == "compactness":
                 row += f"{values.mean():15.3f} +-{values.std(ddof=1):5.3f}"
             else:
@@ -183,11 +204,11 @@ def table(name):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="+", choices=("robustness", "compactness", "photograph"))
+    parser.add_argument("what", nargs="+", choices=("robustness", "compactness", "settings", "photograph"))
     parser.add_argument("--runs", type=Path, default=ROOT / "out" / "evidence", help="where run.py trains")
     parser.add_argument("--arms", nargs="+", default=["none", "emau-none", "emau-last", "emau-full"],
                         help="of which runs")
-    parser.add_argument("--data-root", default="datasets", help="folder of CamVid (default: datasets)")
+    parser.add_argument("--data-root", default="datasets", help="folder of the images (default: datasets)")
     parser.add_argument("--table", action="store_true", help="print what is there")
     args = parser.parse_args(argv)
     for what in args.what:
@@ -195,15 +216,17 @@ def main(argv=None):
             plain, net = (load_checkpoint(args.runs / f"voc320-{arm}-0" / "model.pth") for arm in ("none", "emau-none"))
             photograph(plain, net, ROOT / "assets" / "cat.png")
             continue
-        path = HERE / f"{what}.jsonl"
+        path, experiment = HERE / f"{what}.jsonl", "voc320" if what == "settings" else "camvid"
         done = [line["network"] for line in lines(what)]
-        for checkpoint in [] if args.table else sorted(args.runs.glob("camvid-*/model.pth")):
+        for checkpoint in [] if args.table else sorted(args.runs.glob(f"{experiment}-*/model.pth")):
             network = checkpoint.parent.name
-            arm, seed = network.removeprefix("camvid-").rsplit("-", 1)
+            arm, seed = network.removeprefix(f"{experiment}-").rsplit("-", 1)
             if network in done or arm not in args.arms:
                 continue
-            data = build_dataset("folder", args.data_root, "val")
-            values = {"robustness": robustness, "compactness": compactness}[what](load_checkpoint(checkpoint), data)
+            data = build_dataset("folder", args.data_root, "val") if experiment == "camvid" \
+                else build_dataset("voc", voc320(args.data_root), "val")
+            look_at = {"robustness": robustness, "compactness": compactness, "settings": settings}[what]
+            values = look_at(load_checkpoint(checkpoint), data)
             if values:
                 with open(path, "a") as file:
                     file.write(json.dumps({"network": network, "arm": arm, "seed": int(seed), "commit": commit(),

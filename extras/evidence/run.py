@@ -159,7 +159,8 @@ def table(name):
         if len(values):
             row += f"{values.mean():8.2f}{values.std(ddof=1) if len(values) > 1 else np.nan:6.2f}"
             pairs = np.array([score(name, r) - base[s] for s, r in runs.items() if s in base])
-            row += f"{pairs.mean():+8.2f}{pairs.std(ddof=1) / len(pairs) ** 0.5:6.2f}" if len(pairs) > 1 else " " * 14
+            row += f"{pairs.mean():+8.2f}" if len(pairs) else " " * 8
+            row += f"{pairs.std(ddof=1) / len(pairs) ** 0.5:6.2f}" if len(pairs) > 1 else " " * 6
             if "bases_rank" in next(iter(runs.values())):
                 means = [np.mean([r[f"bases_{key}"] for r in runs.values()])
                          for key in ("length", "perplexity", "used", "rank")]
