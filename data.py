@@ -190,6 +190,8 @@ def cocostuff(root, split):
 
 def coco164k(name, root, split, classes, table):
     """The layout of COCO 2017 with stuffthingmaps: images/{train,val}2017/*.jpg, annotations/{train,val}2017/*.png."""
+    if split not in ("train", "val"):
+        raise UserError(f"{name} has no split {split!r}: there are train and val")
     masks = within(root, f"annotations/{split}2017")
     ids = sorted(path.stem for path in masks.glob("*.png"))
     if not ids:
@@ -366,7 +368,8 @@ def global_batch(data, batch_size, seed, iteration):
 
 def normalise(images):
     """Images uint8 (B, 3, H, W) -> float32, standardised by ImageNet's mean and deviation."""
-    mean, std = (values.to(images.device, non_blocking=True) for values in (MEAN, STD))     # the CPU need not wait
+    # The CPU need not wait for these copies: MEAN and STD are never freed.
+    mean, std = (values.to(images.device, non_blocking=True) for values in (MEAN, STD))  # (3, 1, 1) each
     return (images.float() - mean) / std  # (B, 3, H, W)
 
 

@@ -622,16 +622,16 @@ def test_every_option_trains_and_comes_back(flags, trained, run_train, folder_ro
 def test_log_lines_are_means(run_train, tmp_path, monkeypatch):
     """Each fiftieth of a run has a line: mean loss, seconds and wait for data, time left; so has a long evaluation."""
     losses, clock, saved = iter(torch.arange(1.0, 201)), iter(range(1000)), []  # one second from line to line
-    monkeypatch.setattr(train, "training_step", lambda *_, **options: next(losses))
+    monkeypatch.setattr(train, "training_step", lambda *_, **options: (next(clock), next(losses))[1])
     monkeypatch.setattr(train, "time", mock.Mock(time=clock.__next__))
     monkeypatch.setattr(evaluate, "time", mock.Mock(time=iter(range(0, 1000, 6)).__next__))
     spy(monkeypatch, train, "save_checkpoint", lambda _, path: saved.append(path.stem))
     out, lines = run_train("--iters 200 --eval-every 150"), sorted({*range(4, 201, 4), 150})
     means = {i: (before + 1 + i) / 2 for before, i in zip([0, *lines], lines, strict=False)}
     assert log_of(tmp_path / "run", "loss") == means and " ".join(saved) == "last last model last model"
-    assert re.search(r"iter +4/200 .* lr 8.88e-03 \| 2250 ms \(data 44%\) \| 0.9 img/s .* eta 0:07:21", out)
+    assert re.search(r"iter +4/200 .* lr 8.88e-03 \| 3250 ms \(data 31%\) \| 0.6 img/s .* eta 0:10:37", out)
     assert "\n  1/5 images | eta 0:00:48\n  2/5 images | eta 0:00:36\n" in out
-    assert [set(log_of(tmp_path / "run", key).values()) for key in ("ms", "data_ms")] == [{2250, 2500}, {1000}]
+    assert [set(log_of(tmp_path / "run", key).values()) for key in ("ms", "data_ms")] == [{3250, 3500}, {1000}]
 
 
 def test_two_processes_train_one_network(pair):
@@ -776,7 +776,7 @@ def test_predictions_for_the_test_server(tiny, tmp_path):
 
 
 # ---- Sec. 6.5: pictures
-def test_maps_are_the_responsibilities_of_the_prediction():
+def test_maps_are_the_responsibilities_of_every_round():
     """Fig. 5: what is drawn are the unit's own rounds on the padded image."""
     net, image = small_net(output_stride=16).eval(), torch.from_numpy(picture((41, 60))).permute(2, 0, 1)
     with torch.no_grad():
@@ -1099,7 +1099,7 @@ TRAIN = ("--dataset folder --backbone resnet18 --weights none --channels 16 --cr
 
 def command(script, line):
     """What script.main prints, called with the words of the line; pytest keeps its own handlers of signals."""
-    with (mock.patch("train.signal"), mock.patch("train.STOP", torch.tensor(0)),
+    with (mock.patch("train.signal"), mock.patch("train.SIGNALS", []),
           mock.patch("sys.stdout", io.StringIO()) as printed):
         script.main(line.split())
     return printed.getvalue()

@@ -55,7 +55,7 @@ RECIPES = {
     "scenes": SCENES, "cells": CELLS, "cells-key": CELLS, "cells-local": CELLS}
 # --recipe released: VOC, where the released code differs from the paper.
 RELEASED = PAPER | {"output_stride": 8, "stem": "deep", "weights": "resnet101-2a57e44d.pth", "decoder": True}
-# EMANet's arguments that are settings of a run, under the same names: an argument added there needs a flag here
+# EMANet's arguments that are settings of a run, under the same names: flags, and `layers` of the recipes
 NETWORK = [key for key in inspect.signature(EMANet).parameters if key not in ("num_classes", "weights", "bn_momentum")]
 # Settings that may change when a run is resumed
 MAY_CHANGE = ("data_root", "workers", "device", "out", "resume", "eval_every", "compile")
@@ -187,12 +187,12 @@ def build_network(args, num_classes, weights):
     return EMANet(num_classes, weights=weights, bn_momentum=bn_momentum, **settings)
 
 
-STOP = torch.tensor(0)        # the number of the signal that asked one of the processes to stop
+SIGNALS = []                  # those that asked this process to stop
 
 
 def ask_to_stop(number, frame):
     """The first Ctrl-C or SIGTERM: stop after this iteration (and its validation), all saved. A second one kills."""
-    STOP.fill_(number)
+    SIGNALS.append(number)
     signal.signal(number, signal.SIG_DFL)
 
 
@@ -246,7 +246,8 @@ def train(args):
     out.mkdir(parents=True, exist_ok=True)
     origin = f"the checkpoint of iteration {start}" if checkpoint else args.init or net.backbone.weights_origin
     log_start(log, args, data, val, origin=origin, device=device, amp=amp)
-    if start == args.iters and rank == 0:                        # a kill may have come after last.pth, before model.pth
+    if checkpoint and rank == 0 and (start % args.eval_every == 0 or start == args.iters):
+        # last.pth is of a validated network. A kill may have come after it, before model.pth.
         save_checkpoint({"model": net.state_dict(), "config": config}, out / "model.pth")
 
     log_every = max(1, min(50, args.iters // 50))
@@ -254,16 +255,17 @@ def train(args):
     losses, waited, since = [], 0.0, time.time()                 # since the last log line; seconds waited for data
     for iteration in iterations:
         # step. Dropout's randomness is a function of (seed, iteration, rank), so that no state of it has to be saved.
-        torch.manual_seed((args.seed * args.iters + iteration) * world + rank)
+        torch.manual_seed(((args.seed * args.iters + iteration) * world + rank) % 2**63)
         lr = args.lr * (1 - (iteration - 1) / args.iters) ** 0.9               # the "poly" policy
         asked = time.time()
         batch = next(loader)
         waited += time.time() - asked
         loss = training_step(model, optimizer, batch, lr=lr, accumulate=args.accumulate, device=device, amp=amp)
         losses.append(loss)
+        stop = torch.tensor(max(SIGNALS, default=0))             # a copy: what comes during the exchange has to wait
         if world > 1:
-            dist.all_reduce(STOP, dist.ReduceOp.MAX)             # on the CPU: the GPU need not wait
-        stop = STOP.item()
+            dist.all_reduce(stop, dist.ReduceOp.MAX)             # on the CPU: the GPU need not wait
+        stop = stop.item()
         validate = iteration % args.eval_every == 0 or iteration == args.iters
         save = stop or validate or iteration % save_every == 0
         log_now = save or iteration % log_every == 0
@@ -348,7 +350,7 @@ def check_same_run(config, checkpoint):
     """UserError if a run would continue with other settings or other data than it was started with."""
     for part in ("training", "data"):
         for key, now in config[part].items():
-            was = checkpoint["config"][part].get(key)
+            was = checkpoint["config"].get(part, {}).get(key)
             if was != now:
                 raise UserError(f"the run was started with another {key.replace('_', '-')} ({str(was)[:60]}, not "
                                 f"{str(now)[:60]}): keep it, or start another run with --out DIR")

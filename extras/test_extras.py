@@ -1,5 +1,4 @@
-"""What a run promises when something goes wrong: kills, full disks, signals, broken files. Then the drawer.
-SLOW=1 runs the long ones as well."""
+"""What a run promises when something goes wrong, then the drawer. SLOW=1 runs the long ones as well."""
 import io
 import itertools
 import json
@@ -52,6 +51,9 @@ def test_kill_costs_only_what_follows_the_last_checkpoint(place, call, action, k
     """kill -9 at any moment costs what follows the last checkpoint; --resume auto ends with the very weights."""
     assert python(tmp_path, command, partial(at_call, place, call, action))[0] == -signal.SIGKILL
     assert kept == (read_checkpoint(last)["iteration"] if (last := tmp_path / "run/last.pth").exists() else None)
+    if place == "torch.save" and kept:                        # resumed and killed again: the model is as last validated
+        python(tmp_path, command, partial(at_call, "train.training_step", 1, "be killed"))
+        assert same(*(read_checkpoint(tmp_path / f"run/{name}.pth")["model"] for name in ("last", "model")))
     out = succeed(tmp_path, command)
     assert (kept == 8 or f"iter {(kept or 0) + 1:6d}/8" in out) and f"iter {kept or 0:6d}/8" not in out
     check_same_end(tmp_path / "run", straight(1))
@@ -144,11 +146,12 @@ def test_unwritable_out_is_one_line(out, command, tmp_path):
 
 
 # ---- Signals, lost processes and workers, numbers that are not finite
-@pytest.mark.parametrize("number, rank", [(signal.SIGINT, 0), (signal.SIGTERM, None)])
-@pytest.mark.parametrize("world", [1, 2])
-def test_signal_ends_the_step_and_saves(number, rank, world, command, straight, tmp_path):
+@pytest.mark.parametrize("world, place, call, when, number, rank", [
+    *((world, "train.training_step", 3, "signal", *whom) for world in (1, 2) for whom in ((2, 0), (15, None))),
+    (2, "dist.all_reduce", 5, "do it, signal", 15, 0)])       # EMAU's, the signals', the loss': in iteration 2's second
+def test_signal_ends_the_step_and_saves(world, place, call, when, number, rank, command, straight, tmp_path):
     """Ctrl-C to one process and its workers, or SIGTERM to all: all end the same step, save, leave with 128 + n."""
-    hook = partial(at_call, "train.training_step", 3, f"signal {number} to the group", rank=rank)
+    hook = partial(at_call, place, call, f"{when} {number} to the group", rank=rank)
     for status, _, err in launch(tmp_path, command + " --workers 2", hook, world):
         assert status == 128 + number and not err, (status, err)
     assert "stopped after iteration 3, all saved" in (tmp_path / "stdout0").read_text()
@@ -594,7 +597,9 @@ SMALL = {"folder": train.RECIPES["folder"] | {"layers": 2, "output_stride": 8}}
 def start(cwd, target, args, world=1, seconds=60):
     """Runs target(*args) in `world` processes, as torchrun would: their (status, stdout, stderr). Whoever is not done
     in time is killed."""
-    port, processes, deadline = free_port(), [], time.monotonic() + seconds
+    processes, deadline = [], time.monotonic() + seconds
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]                         # a free one
     for rank in range(world):
         env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         outputs = cwd / f"stdout{rank}", cwd / f"stderr{rank}"
@@ -606,11 +611,6 @@ def start(cwd, target, args, world=1, seconds=60):
         process.join()
     return [(process.exitcode, *((cwd / f"{name}{rank}").read_text() for name in ("stdout", "stderr")))
             for rank, process in enumerate(processes)]
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
 
 
 def launch(cwd, command, hook=None, world=1, seconds=60):
@@ -640,9 +640,9 @@ def torchrun(cwd, command, hook, *flags):
     (cwd / "job.py").write_text("from test_extras import *\nif __name__ == '__main__':\n"
                                 f"    script({str(cwd)!r}, {command!r}, lambda: {hook})\n")
     with open(cwd / "stdout", "w") as output:
-        return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", *flags,
-                               f"--master_port={free_port()}", "job.py"], cwd=cwd, stdout=output,
-                              stderr=subprocess.STDOUT, start_new_session=True, timeout=90, check=False).returncode
+        return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                               *flags, "job.py"], cwd=cwd, stdout=output, stderr=subprocess.STDOUT,
+                              start_new_session=True, timeout=90, check=False).returncode
 
 
 def at_call(place, number, action, rank=0, timeout=600):
@@ -696,4 +696,5 @@ ACTIONS = {
     "give nan": lambda call: call() * float("nan"),
     "interrupt twice": first(lambda: [(os.killpg(0, signal.SIGINT), time.sleep(t)) for t in (0.1, 100)]),
     **{f"signal {n} to the group": first(partial(os.killpg, 0, n)) for n in (signal.SIGINT, signal.SIGTERM)},
+    "do it, signal 15 to the group": lambda call: (call(), os.killpg(0, signal.SIGTERM)),
     **{f"signal {n} to torchrun": first(lambda n=n: os.kill(os.getppid(), n)) for n in (signal.SIGINT, signal.SIGTERM)}}
