@@ -140,8 +140,8 @@ def compactness(net, data, rounds=8):
 # Fig. 4 and Sec. 6.1: other settings in evaluation than in training
 @torch.no_grad()
 def settings(net, data):
-    """{setting: mean IoU of the nine classes}: at output stride 16, as in training; at 8, with T = 1..16 rounds of EM or
-    as it is. The backbone runs once for all T."""
+    """{setting: mean IoU of the nine classes}: at output stride 16, as in training, and at 8, there with T = 1..16 rounds
+    of EM, if there are any. The backbone runs once for all T."""
     L, values = len(data.classes), {}
     for stride in (16, 8):
         net.set_output_stride(stride)
