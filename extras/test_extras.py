@@ -452,11 +452,10 @@ def test_benchmark_has_a_row_for_every_stage(command, folder, monkeypatch, capsy
     assert "limit" in out.splitlines()[-1]
 
 
-@pytest.mark.parametrize("name", ["robustness", "compactness",
-                                  *(name for name in experiments.EXPERIMENTS if name != "cells-key-sweep")])
+@pytest.mark.parametrize("name", sorted({*look.JSONL, *experiments.EXPERIMENTS} - {"cells-key-sweep"}))
 def test_tables_of_the_evidence(name, capsys):
     """The tables in extras/evidence/README.md are those of the .jsonl beside it."""
-    look.main([name, "--table"]) if name in ("robustness", "compactness") else experiments.main([name, "--table"])
+    look.main([name, "--table"]) if name in look.JSONL else experiments.main([name, "--table"])
     printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     readme = [line.rstrip() for line in (HERE / "extras/evidence/README.md").read_text().splitlines()]
     assert len(printed) > 3 and readme[readme.index(printed[0]):][:len(printed)] == printed

@@ -178,6 +178,9 @@ def photograph(plain, net, path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+JSONL = {"robustness": robustness, "compactness": compactness, "settings": settings}
+
+
 def table(name):
     """Means over the seeds of each arm; robustness: also relative to clean, and the paired difference from `none`."""
     done = lines(name)
@@ -186,7 +189,7 @@ def table(name):
     arms = sorted({line["arm"] for line in done}, key=lambda arm: (arm != "none", arm))
     heads = [f"{arm} ({sum(line['arm'] == arm for line in done)})" for arm in arms]
     print(f"{name:18s}" + "".join(f"{head:>22s}" for head in heads))
-    for key in max((line["values"] for line in done), key=len):
+    for key in dict.fromkeys(key for line in done for key in line["values"]):
         row = f"{key:18s}"
         for arm in arms:
             runs = {r["seed"]: r["values"] for r in done if r["arm"] == arm and key in r["values"]}
@@ -211,7 +214,7 @@ def table(name):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="+", choices=("robustness", "compactness", "settings", "photograph"))
+    parser.add_argument("what", nargs="+", choices=(*JSONL, "photograph"))
     parser.add_argument("--runs", type=Path, default=ROOT / "out" / "evidence", help="where run.py trains")
     parser.add_argument("--arms", nargs="+", default=["none", "emau-none", "emau-last", "emau-full"],
                         help="of which runs")
@@ -232,8 +235,7 @@ def main(argv=None):
                 continue
             data = build_dataset("folder", args.data_root, "val") if experiment == "camvid" \
                 else build_dataset("voc", voc320(args.data_root), "val")
-            look_at = {"robustness": robustness, "compactness": compactness, "settings": settings}[what]
-            values = look_at(load_checkpoint(checkpoint), data)
+            values = JSONL[what](load_checkpoint(checkpoint), data)
             if values:
                 with open(path, "a") as file:
                     file.write(json.dumps({"network": network, "arm": arm, "seed": int(seed), "commit": commit(),
