@@ -1099,8 +1099,7 @@ TRAIN = ("--dataset folder --backbone resnet18 --weights none --channels 16 --cr
 
 def command(script, line):
     """What script.main prints, called with the words of the line; pytest keeps its own handlers of signals."""
-    with (mock.patch("train.signal"), mock.patch("train.SIGNALS", []),
-          mock.patch("sys.stdout", io.StringIO()) as printed):
+    with mock.patch("train.signal"), mock.patch("sys.stdout", io.StringIO()) as printed:
         script.main(line.split())
     return printed.getvalue()
 

@@ -204,6 +204,7 @@ def train(args):
     if args.batch_size % (world * args.accumulate):
         raise UserError(f"--batch-size {args.batch_size} cannot be shared by {world} processes x --accumulate "
                         f"{args.accumulate}")
+    SIGNALS.clear()                                              # a notebook may train again after a Ctrl-C
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, ask_to_stop)
 
