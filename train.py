@@ -247,8 +247,8 @@ def train(args):
     out.mkdir(parents=True, exist_ok=True)
     origin = f"the checkpoint of iteration {start}" if checkpoint else args.init or net.backbone.weights_origin
     log_start(log, args, data, val, origin=origin, device=device, amp=amp)
-    if checkpoint and rank == 0 and (start % args.eval_every == 0 or start == args.iters):
-        # last.pth is of a validated network. A kill may have come after it, before model.pth.
+    validations = {*range(args.eval_every, args.iters, args.eval_every), args.iters}         # after these iterations
+    if checkpoint and rank == 0 and start in validations:        # a kill may have come after last.pth, before model.pth
         save_checkpoint({"model": net.state_dict(), "config": config}, out / "model.pth")
 
     log_every = max(1, min(50, args.iters // 50))
@@ -267,7 +267,7 @@ def train(args):
         if world > 1:
             dist.all_reduce(stop, dist.ReduceOp.MAX)             # on the CPU: the GPU need not wait
         stop = stop.item()
-        validate = iteration % args.eval_every == 0 or iteration == args.iters
+        validate = iteration in validations
         save = stop or validate or iteration % save_every == 0
         log_now = save or iteration % log_every == 0
 

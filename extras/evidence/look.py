@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import Dataset
-from torchvision.transforms.functional import to_pil_image
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from data import IGNORE, build_dataset, normalise, overlay, palette_of, read_image
 from ema import EMAU, load_checkpoint
@@ -49,7 +49,7 @@ def brightness(factor):
 def jpeg(image, i):
     buffer = io.BytesIO()
     to_pil_image(image).save(buffer, "JPEG", quality=10)
-    return torch.from_numpy(np.array(Image.open(buffer))).permute(2, 0, 1)
+    return pil_to_tensor(Image.open(buffer))
 
 
 DISTURBANCES = {"clean": lambda image, i: image, **{f"noise {d}": noise(d) for d in (8, 16, 32, 64)},
@@ -140,8 +140,8 @@ def compactness(net, data, rounds=8):
 # Fig. 4 and Sec. 6.1: other settings in evaluation than in training
 @torch.no_grad()
 def settings(net, data):
-    """{setting: mean IoU of the nine classes}: at output stride 16, as in training, and at 8, there with T = 1..16 rounds
-    of EM, if there are any. The backbone runs once for all T."""
+    """{setting: mean IoU of the nine classes}: at output stride 16, as in training, and at 8, there with T = 1..16
+    rounds of EM, if there are any. The backbone runs once for all T."""
     L, values = len(data.classes), {}
     for stride in (16, 8):
         net.set_output_stride(stride)
@@ -151,7 +151,8 @@ def settings(net, data):
             image, label = data[i]
             features = net.features(pad(normalise(image[None]), stride))       # (1, C, h, w)
             for T in rounds:
-                net.attention.iterations = T or 3
+                if T:
+                    net.attention.iterations = T
                 logits = at_image_size(net.head(features), label.shape, stride)        # (1, L, H, W)
                 confusions[T] = confusions[T] + confusion_matrix(logits[0].max(0)[1], label, L)
         for T, confusion in confusions.items():
