@@ -104,7 +104,7 @@ class Pairs(Dataset):
         path, raw = self.labels[i], read_label(self.labels[i])  # (H, W)
         if raw.shape != image.shape[1:]:
             raise UserError(f"{path}: label is {raw.shape[1]}x{raw.shape[0]}, its image {image.shape[2]}x"
-                            f"{image.shape[1]} pixels: the two are not of one release")
+                            f"{image.shape[1]} pixels: not of one release, or the image has an EXIF rotation")
         label = self.table.take(raw)  # (H, W)
         if (label == ILLEGAL).any():
             values = ", ".join(str(v) for v in np.unique(raw[label == ILLEGAL])[:5])
@@ -269,8 +269,8 @@ def read_image(path, turn=False):
         with Image.open(str(path)) as image:
             if turn:
                 image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):                                 # Pillow would cut the upper values off
-                raise ValueError("16 bits of gray: save it with 8")
+            if image.mode[0] in "IF":                                      # Pillow would cut the upper values off
+                raise ValueError("gray of more than 8 bits: save it with 8")
             return pil_to_tensor(image.convert("RGB"))  # (3, H, W)
     except Exception as error:  # noqa: BLE001 - Pillow raises many kinds for broken files
         raise UserError(f"{path}: cannot be read as an image ({brief(error)}): replace this file") from None

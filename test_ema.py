@@ -393,15 +393,16 @@ def test_coco_gives_voc_classes(tmp_path):
 
 
 def test_images_are_rgb_and_never_turned(tmp_path):
-    """Labels lie as the pixels lie in the file, so EXIF must not turn the image; gray becomes RGB; no 16 bits."""
+    """Labels lie as the pixels lie in the file, so EXIF must not turn the image; gray becomes RGB; 8 bits at most."""
     gray = picture(SIZE)[:, :, 0]
     Image.fromarray(picture(SIZE)).save(tmp_path / "turned.jpg", exif=TURNED)
     assert data.read_image(tmp_path / "turned.jpg").shape == (3, *SIZE)
     Image.fromarray(gray).save(tmp_path / "gray.png")
     assert np.array_equal(data.read_image(tmp_path / "gray.png"), np.stack([gray] * 3))
-    Image.fromarray(gray.astype(np.uint16) * 256).save(tmp_path / "gray.png")
-    with pytest.raises(UserError, match="16 bits"):
-        data.read_image(tmp_path / "gray.png")
+    for deep in (np.uint16, np.float32):
+        Image.fromarray(gray.astype(deep)).save(tmp_path / "gray.tif")
+        with pytest.raises(UserError, match="more than 8 bits"):
+            data.read_image(tmp_path / "gray.tif")
 
 
 def test_index_png_has_vocs_colours(tmp_path):
@@ -844,8 +845,8 @@ def test_pictures_of_own_images(tiny, tmp_path):
     shutil.copy(tmp_path / "photos/turned.png", tmp_path / "photos/turned.JPG")
     write_net(small_net(attention="none"), tmp_path / "photos/model.pth")
     assert "turned.JPG.png and" in command(visualize, f"{line} --out {tmp_path}/two")              # none overwritten
-    for image in ("", "/turned.png"):                                          # it would be overwritten
-        fail(visualize, f"{line}{image} --out {tmp_path}/photos", "--out", "photos")
+    for rest in ("", "/turned.png", " --bases 1"):              # the images would be overwritten; there are no bases
+        fail(visualize, f"{line}{rest} --out {tmp_path}/photos", "photos", "no bases" if "bases" in rest else "--out")
 
 
 # ---- Command lines, and bad input: one line that says what, where, and what to do
@@ -884,7 +885,7 @@ def test_drawn_data_need_no_files(tiny, tmp_path, monkeypatch):
     ("--dataset cells --output-stride 16", ["output stride 16"]), ("--dataset voc", ["VOCdevkit", "--data-root"]),
     ("--data-root nothing", ["nothing", "--data-root"]), *((flag, [flag, "at least"]) for flag in (
         "--eval-every 0", "--accumulate 0", "--batch-size 0", "--iters 0", "--crop 1", "--workers -1", "--seed -1",
-        "--em-iterations 0", "--lr -1", "--alpha nan"))])
+        "--em-iterations 0", "--lr -1", "--alpha nan")), ("--alpha 2", ["at most 1"])])
 def test_settings_that_cannot_be(flags, words, folder_root, tmp_path):
     """A setting that cannot work is named, never replaced by another; nothing is written."""
     fail(train, f"{TRAIN} --iters 1 --data-root {folder_root} --out {tmp_path}/out {flags}", *words)

@@ -113,6 +113,8 @@ def parse_args(argv=None):
                        "iters": 1, "eval_every": 1, "seed": 0, "workers": 0, "lr": 0, "lam": 0, "alpha": 0}.items():
         if not getattr(args, key) >= least:                                    # nan, too
             raise UserError(f"--{key.replace('_', '-')} {getattr(args, key)}: must be at least {least}")
+    if args.alpha > 1:
+        raise UserError(f"--alpha {args.alpha}: must be at most 1, where the bases stay")
     return args
 
 

@@ -44,8 +44,7 @@ def at_image_size(maps, size, stride):
 
 
 def choose_bases(wanted, z):
-    """Indices of the bases to show, for responsibilities z (T, K, h, w): given as "3,17", or those that hold the most
-    pixels. (Fig. 5 shows random ones.)"""
+    """The bases to show, of z (T, K, h, w): given as "3,17", or the four that hold the most pixels (Fig. 5: random)."""
     K = z.shape[1]
     if wanted:
         bases = [int(word) if word.strip().isdecimal() else -1 for word in wanted.split(",")]
@@ -155,6 +154,8 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     net, device = load_checkpoint(args.ckpt), pick_device(args.device)
+    if args.bases and not isinstance(net.attention, EMAU):
+        raise UserError(f"--bases: {args.ckpt} has attention {net.config['attention']}, which has no bases")
     out = Path(args.out or Path(args.ckpt).parent / "pictures")
     if args.image:
         classes = net.trained_on.get("classes") or CLASSES["voc"]          # the released networks are VOC's

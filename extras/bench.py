@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import default_collate
 
-from data import IGNORE, TrainView, build_dataset, normalise, schedule
+import train
+from data import IGNORE, TrainView, normalise, schedule
 from evaluate import MS_SCALES, layout, make_loader, pad, pick_amp, pick_device, predict, run
 from train import EVAL_OUTPUT_STRIDE, batch_loss, build_network, build_optimizer, parse_args, segmentation_loss
 
@@ -122,7 +123,7 @@ def compare(name, ways, work, seconds):
 def bench(args, seconds=8):
     """Prints the table: loading, training step, both together, evaluation; and which of the first two limits."""
     device = pick_device(args.device)
-    data = build_dataset(args.dataset, args.data_root, args.split, args.context_classes)
+    data, _ = train.build_datasets(args)
     ways = Ours(args, data, device), Released(args, data, device)
     amp = "bfloat16" if ways[0].amp else "float32"
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -97,7 +97,7 @@ def main(argv=None):
     parser.add_argument("logs", nargs="+", help="log.jsonl of train.py, one or several")
     parser.add_argument("--out", type=Path, help="the picture (default: curves.png beside the first log)")
     args = parser.parse_args(argv)
-    out = args.out or Path(args.logs[0]).parent / "curves.png"
+    out = (args.out or Path(args.logs[0]).parent / "curves").with_suffix(".png")
     sheet = curves(args.logs)
     out.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(out)

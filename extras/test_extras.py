@@ -255,6 +255,7 @@ BROKEN = {
     "truncated JPEG": ("folder", IMAGE, "cut", r"JPEGImages/train3.jpg: cannot be read"),
     "list that climbs": ("folder", LIST, b"../../secret", r"no ../../secret.jpg in"),
     "missing image": ("folder", IMAGE, "gone", r"no train3.jpg in .*1 of 7"),
+    "missing val image": ("folder", "JPEGImages/val3.jpg", "gone", r"no val3.jpg in .*1 of 5"),
     "RGB label": ("folder", LABEL, np.zeros((*SIZE, 3)), r"train3.png: .*indices.*RGB"),
     "value too large": ("folder", LABEL, np.full(SIZE, 3), r"train3.png: label value 3 .*3 classes"),
     "another size": ("folder", LABEL, np.zeros((50, 40)), r"train3.png: label is 40x50, its image 50x40"),
@@ -279,7 +280,7 @@ def test_broken_file_is_named(what, workers, tmp_path):
     """Every broken or hostile file gives one line that names it, through data-loader workers too."""
     name, words = write_broken(tmp_path, what)
     with pytest.raises(UserError, match=words) as caught:
-        dataset = build_dataset(name, tmp_path, "train")
+        dataset = build_dataset(name, tmp_path, "val" if "val image" in what else "train")
         loader = iter(evaluate.make_loader(dataset, torch.device("cpu"), workers, batch_size=None, sampler=range(7)))
         try:
             list(loader)
@@ -360,8 +361,8 @@ def test_whole_copy_has_no_faults(folder, tmp_path, capsys):
     assert len(Image.open(tmp_path / "folder.png").getcolors(1 << 20)) > 100
 
 
-@pytest.mark.parametrize("what", ["truncated JPEG", "RGB label", "value too large", "another size", "missing classes",
-                                  "missing image", "missing list", ".mat of 1.0", ".mat with text"])
+@pytest.mark.parametrize("what", BROKEN)
+@pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
 def test_fault_of_a_copy_is_named(what, tmp_path, capsys):
     """Every kind of fault ends the check with an error, and is named."""
     name, words = write_broken(tmp_path, what)
@@ -436,7 +437,7 @@ def test_curves_take_the_last_record(tmp_path):
     log.write_text("\n".join(map(json.dumps, records)) + '\n{"iteration": 3, "lo')
     headers, found = curves.read_log(log)
     assert len(headers) == 2 and found == {1: records[1], 2: {"iteration": 2, "loss": 2.0, "val_miou": 0.5}}
-    curves.main([str(log)])
+    curves.main([str(log), "--out", str(tmp_path / "curves")])
     assert len(Image.open(tmp_path / "curves.png").getcolors(1 << 20)) > 4
 
 

@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import build_dataset
+from backbone import UserError
+from data import build_dataset, within
 from ema import EMAU, load_checkpoint
 from evaluate import run
 from extras.bases import mean_statistics
@@ -83,7 +84,7 @@ def result_of(name, arm, seed):
 
 def voc320(data_root):
     """VOC2012 of `data_root` under the lists kept here, as a folder of links: train and val of the experiments."""
-    source = Path(data_root).resolve() / "VOCdevkit" / "VOC2012"
+    source = within(Path(data_root or "datasets").resolve(), "VOCdevkit/VOC2012")
     base = ROOT / "out" / "evidence" / "voc320" / "VOCdevkit" / "VOC2012"
     for part in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
         (base / part).mkdir(parents=True, exist_ok=True)
@@ -99,6 +100,8 @@ def voc320(data_root):
 
 
 def link(path, target):
+    if not target.exists():
+        raise UserError(f"no {target}: the evidence needs a SegmentationClassAug/ folder with VOC")
     path.unlink(missing_ok=True)
     path.symlink_to(target)
 
@@ -179,7 +182,7 @@ def main(argv=None):
     if not args.table:
         roots = {name: voc320(args.data_root) if name.startswith("voc320") else args.data_root
                  for name in args.experiments}
-        with ThreadPoolExecutor(args.jobs) as pool:                            # seed by seed, so that arms stay level
+        with ThreadPoolExecutor(max(1, args.jobs)) as pool:                    # seed by seed, so that arms stay level
             waiting = [(name, arm, seed) for name in args.experiments for seed in range(EXPERIMENTS[name][2])
                        for arm in EXPERIMENTS[name][1]]
             futures = [pool.submit(train, *each, roots[each[0]], args.weights) for each in waiting
