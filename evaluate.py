@@ -192,7 +192,9 @@ def init_process(device_name):
         raise UserError("several processes cannot share mps: use --device cpu, or one process")
     if device.type == "cuda":
         local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if count > 1 and local >= count:                 # with 1, a launcher may show each process its own GPU
+        if device.index is not None:
+            raise UserError(f"--device {device_name}: each process of torchrun takes its own GPU, --device cuda")
+        if local >= count and (count > 1 or "CUDA_VISIBLE_DEVICES" not in os.environ):       # with 1, it may be its own
             raise UserError(f"there are {count} GPUs: torchrun --nproc_per_node={count} at most")
         device = torch.device("cuda", local % count)
         torch.cuda.set_device(device)
@@ -239,8 +241,10 @@ def layout(device):
 
 
 def make_loader(data, device, workers, **sampling):
+    # Python 3.14's server of workers would die by a SIGTERM to the group, and they with it: fork, as before.
+    context = "fork" if workers and sys.platform == "linux" else None
     return DataLoader(data, num_workers=workers, pin_memory=device.type == "cuda", worker_init_fn=ignore_group_signals,
-                      timeout=TIMEOUT if workers else 0, **sampling)
+                      timeout=TIMEOUT if workers else 0, multiprocessing_context=context, **sampling)
 
 
 def ignore_group_signals(worker_id):

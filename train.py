@@ -193,7 +193,7 @@ SIGNALS = []                  # those that asked this process to stop
 
 
 def ask_to_stop(number, frame):
-    """The first Ctrl-C or SIGTERM: stop after this iteration (and its validation), all saved. A second one kills."""
+    """The first Ctrl-C or SIGTERM: stop after this iteration, all saved. A second one kills."""
     SIGNALS.append(number)
     signal.signal(number, signal.SIG_DFL)
 
@@ -215,7 +215,7 @@ def train(args):
     checkpoint = find_checkpoint(args)
 
     # network
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed % 2**63)
     # One process fetches the backbone's weights: DistributedDataParallel copies its network to the others.
     needs_weights = rank == 0 and not (checkpoint or args.init)
     net = build_network(args, len(data.classes), args.weights if needs_weights else "none")
@@ -240,6 +240,11 @@ def train(args):
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
         start = checkpoint["iteration"]
+    if world > 1:
+        starts = torch.tensor([start, -start])
+        dist.all_reduce(starts, dist.ReduceOp.MAX)               # the largest start, and minus the smallest
+        if starts.sum():
+            raise UserError(f"the processes found different checkpoints in {args.out}: all machines must share it")
     iterations = range(start + 1, args.iters + 1)
     batches = schedule(data, args.batch_size, args.seed, iterations, rank, world)
     loader = iter(make_loader(TrainView(data, args.crop, args.seed), device, args.workers, batch_sampler=batches))
@@ -250,8 +255,8 @@ def train(args):
     origin = f"the checkpoint of iteration {start}" if checkpoint else args.init or net.backbone.weights_origin
     log_start(log, args, data, val, origin=origin, device=device, amp=amp)
     validations = {*range(args.eval_every, args.iters, args.eval_every), args.iters}         # after these iterations
-    if checkpoint and rank == 0 and start in validations:        # a kill may have come after last.pth, before model.pth
-        save_checkpoint({"model": net.state_dict(), "config": config}, out / "model.pth")
+    if start in validations:                                     # the run may have ended before this one was through
+        validate(net, val, out, config, args=args, device=device, iteration=start)
 
     log_every = max(1, min(50, args.iters // 50))
     save_every = max(100, min(1000, args.iters // 10))           # last.pth, however rare the validations are
@@ -269,8 +274,7 @@ def train(args):
         if world > 1:
             dist.all_reduce(stop, dist.ReduceOp.MAX)             # on the CPU: the GPU need not wait
         stop = stop.item()
-        validate = iteration in validations
-        save = stop or validate or iteration % save_every == 0
+        save = stop or iteration in validations or iteration % save_every == 0
         log_now = save or iteration % log_every == 0
 
         # log
@@ -283,24 +287,18 @@ def train(args):
             log_iterations(log, args, device, iteration=iteration, loss=recent.mean().item(), lr=lr,
                            seconds=(time.time() - since) / len(losses), data_seconds=waited / len(losses))
 
-        # validate and save
+        # save, stop, validate: a kill during the validation costs nothing
         if save and world > 1:                                   # without SyncBN statistics differ: all take rank 0's
             for buffer in net.buffers():
                 dist.broadcast(buffer, 0)
-        if validate and val:
-            net.set_output_stride(EVAL_OUTPUT_STRIDE)
-            result = evaluate(net, val, device, workers=args.workers)
-            net.set_output_stride(args.output_stride)
-            print_on_rank0(summary(val, result))
-            write_log(log, iteration=iteration, **{f"val_{key}": value for key, value in result.items()})
         if save and rank == 0:
-            saved = {"model": net.state_dict(), "config": config}
-            save_checkpoint(saved | {"optimizer": optimizer.state_dict(), "iteration": iteration}, out / "last.pth")
-            if validate:
-                save_checkpoint(saved, out / "model.pth")
+            save_checkpoint({"model": net.state_dict(), "config": config, "optimizer": optimizer.state_dict(),
+                             "iteration": iteration}, out / "last.pth")
         if stop and iteration < args.iters:
             print_on_rank0(f"stopped after iteration {iteration}, all saved: --resume auto continues")
             return 128 + stop
+        if iteration in validations:
+            validate(net, val, out, config, args=args, device=device, iteration=iteration)
         if log_now:                                              # validation and saving are no iteration's time
             losses, waited, since = [], 0.0, time.time()
 
@@ -310,6 +308,18 @@ def train(args):
                    f"next: python evaluate.py --ckpt {out}/model.pth{where}\n"
                    f"      python visualize.py --ckpt {out}/model.pth{where}")
     return 0
+
+
+def validate(net, val, out, config, *, args, device, iteration):
+    """Scores the network, if there is something to validate on, and writes it as model.pth."""
+    if val:
+        net.set_output_stride(EVAL_OUTPUT_STRIDE)
+        result = evaluate(net, val, device, workers=args.workers)
+        net.set_output_stride(args.output_stride)
+        print_on_rank0(summary(val, result))
+        write_log(out / "log.jsonl", iteration=iteration, **{f"val_{key}": value for key, value in result.items()})
+    if rank_and_world()[0] == 0:
+        save_checkpoint({"model": net.state_dict(), "config": config}, out / "model.pth")
 
 
 # ---- Starting, resuming, failing (skip at first reading)

@@ -44,7 +44,7 @@ slow = pytest.mark.skipif(os.environ.get("SLOW") != "1", reason="takes long: set
     ("train.training_step", 4, "be killed", 2), ("train.training_step", 2, "be killed", None),
     ("torch.save", 1, "write half, be killed", None), ("torch.save", 3, "write half, be killed", 2),
     ("torch.save", 8, "write half, be killed", 8), ("torch.save", 2, "write half, be killed", 2),
-    ("os.replace", 3, "be killed", 2), ("os.replace", 3, "do it, be killed", 4), ("train.evaluate", 2, "be killed", 2)],
+    ("os.replace", 3, "be killed", 2), ("os.replace", 3, "do it, be killed", 4), ("train.evaluate", 2, "be killed", 4)],
     ids=["training", "before the first checkpoint", "half the first checkpoint", "half a last.pth", "half a model.pth",
          "half the first model.pth", "before the rename", "after the rename", "validating"])
 def test_kill_costs_only_what_follows_the_last_checkpoint(place, call, action, kept, command, straight, tmp_path):
@@ -147,17 +147,25 @@ def test_unwritable_out_is_one_line(out, command, tmp_path):
 
 # ---- Signals, lost processes and workers, numbers that are not finite
 @pytest.mark.parametrize("world, place, call, when, number, rank", [
-    *((world, "train.training_step", 3, "signal", *whom) for world in (1, 2) for whom in ((2, 0), (15, None))),
-    (2, "dist.all_reduce", 5, "do it, signal", 15, 0)])       # EMAU's, the signals', the loss': in iteration 2's second
+    *((world, "train.training_step", world + 2, "signal", *whom) for world in (1, 2) for whom in ((2, 0), (15, None))),
+    (2, "dist.all_reduce", 10, "do it, signal", 15, 0)])      # the signals' in 3: after those of start and validation
 def test_signal_ends_the_step_and_saves(world, place, call, when, number, rank, command, straight, tmp_path):
-    """Ctrl-C to one process and its workers, or SIGTERM to all: all end the same step, save, leave with 128 + n."""
+    """Ctrl-C to one process and its workers, or SIGTERM to all: all end the same step, save, leave with 128 + n; of a
+    step with a validation (two processes') the resumed run does it."""
     hook = partial(at_call, place, call, f"{when} {number} to the group", rank=rank)
     for status, _, err in launch(tmp_path, command + " --workers 2", hook, world):
         assert status == 128 + number and not err, (status, err)
-    assert "stopped after iteration 3, all saved" in (tmp_path / "stdout0").read_text()
-    assert read_checkpoint(tmp_path / "run/last.pth")["iteration"] == 3
+    assert f"stopped after iteration {world + 2}, all saved" in (tmp_path / "stdout0").read_text()
+    assert read_checkpoint(tmp_path / "run/last.pth")["iteration"] == world + 2
     succeed(tmp_path, command, world)
     check_same_end(tmp_path / "run", straight(world))
+
+
+def test_machines_that_do_not_share_a_folder(command, tmp_path):
+    """Where one process finds a checkpoint and another none, each ends with one line: they would train two networks."""
+    python(tmp_path, command, partial(at_call, "train.training_step", 4, "be killed"))
+    for status, _, err in launch(tmp_path, command, partial(at_call, "train.find_checkpoint", 1, "find none", 1), 2):
+        assert status == 1 and "different checkpoints in run" in err and err.count("\n") == 1, err
 
 
 def test_second_ctrl_c_ends_at_once(command, tmp_path):
@@ -693,7 +701,7 @@ ACTIONS = {
     "find no space": lambda call: Path("/dev/full").write_bytes(b" "),
     "allow no large files": first(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))),
     "kill a worker": first(lambda: (multiprocessing.active_children()[-1].kill(), time.sleep(0.3))),
-    "give nan": lambda call: call() * float("nan"),
+    "find none": lambda call: None, "give nan": lambda call: call() * float("nan"),
     "interrupt twice": first(lambda: [(os.killpg(0, signal.SIGINT), time.sleep(t)) for t in (0.1, 100)]),
     **{f"signal {n} to the group": first(partial(os.killpg, 0, n)) for n in (signal.SIGINT, signal.SIGTERM)},
     "do it, signal 15 to the group": lambda call: (call(), os.killpg(0, signal.SIGTERM)),
