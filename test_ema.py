@@ -606,6 +606,15 @@ def test_amp_is_what_convolutions_compute_in(choice, dtype, run_train, folder_ro
     assert {output.dtype for output in seen} == {dtype}
 
 
+def test_compiled_run_is_the_same(trained, run_train, tmp_path, monkeypatch):
+    """--compile: all steps run one compiled graph, validation none; losses, mIoU and the names of weights are as ever."""
+    graphs, compiler = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda net: compiler(net, backend=lambda graph, _: graphs.append(1) or graph))
+    run_train("--iters 3 --compile")
+    assert len(graphs) == 1 and log_of(tmp_path / "run", "loss") == log_of(trained, "loss")
+    assert validation(tmp_path / "run") == validation(trained) and load_checkpoint(tmp_path / "run/model.pth")
+
+
 @pytest.mark.parametrize("flags", [
     "--base-norm layer", "--base-norm none", "--gradient last", "--gradient full --base-norm none",
     "--gradient full --base-update backprop", "--base-update fixed", "--attention nonlocal", "--attention a2",

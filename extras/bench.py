@@ -17,7 +17,6 @@ from torch.utils.data import default_collate
 import train
 from data import IGNORE, TrainView, normalise, schedule
 from evaluate import MS_SCALES, layout, make_loader, pad, pick_amp, pick_device, predict, run
-from train import EVAL_OUTPUT_STRIDE, batch_loss, build_network, build_optimizer, parse_args, segmentation_loss
 
 
 class WholeImageView(TrainView):
@@ -43,14 +42,14 @@ class Ours:
     view = TrainView
 
     def __init__(self, args, data, device):
-        self.device, self.net = device, build_network(args, len(data.classes), "none")
+        self.device, self.net = device, train.build_network(args, len(data.classes), "none")
         self.net.to(device, memory_format=layout(device))
         self.amp = pick_amp(args.amp, device)
         self.setup(args, data)
 
     def setup(self, args, data):
         """The optimiser, the crops one by one, and the loader with its workers."""
-        self.optimizer = build_optimizer(self.net, 1e-6)
+        self.optimizer = train.build_optimizer(self.net, 1e-6)
         self.crops = self.view(data, args.crop, args.seed)
         self.keys, batches = (schedule(data, args.batch_size, args.seed, range(1, 10 ** 6)) for _ in range(2))
         self.batch = default_collate([self.crops[key] for key in next(self.keys)])
@@ -72,7 +71,7 @@ class Ours:
         return len(images)
 
     def loss(self, batch):
-        return batch_loss(self.net, batch, self.device, self.amp)
+        return train.batch_loss(self.net, batch, self.device, self.amp)
 
     def predict(self, image, ms_flip):
         return predict(self.net, image, ms_flip, self.amp)                     # (L, H, W)
@@ -83,11 +82,11 @@ class Released(Ours):
     view = WholeImageView
 
     def __init__(self, args, data, device):
-        self.device, self.net = device, build_network(args, len(data.classes), "none").to(device)
+        self.device, self.net = device, train.build_network(args, len(data.classes), "none").to(device)
         self.setup(args, data)
 
     def loss(self, batch):
-        return segmentation_loss(self.net(batch[0].to(self.device)), batch[1].to(self.device))
+        return train.segmentation_loss(self.net(batch[0].to(self.device)), batch[1].to(self.device))
 
     @torch.no_grad()
     def predict(self, image, ms_flip):
@@ -144,7 +143,7 @@ def bench(args, seconds=8):
     for way in ways:
         del way.loader                                                         # ends its workers
         way.net.eval()
-        way.net.set_output_stride(EVAL_OUTPUT_STRIDE)
+        way.net.set_output_stride(train.EVAL_OUTPUT_STRIDE)
     compare("evaluation, single scale", ways, lambda way: way.evaluate(images, False), seconds)
     compare("evaluation, ms-flip", ways, lambda way: way.evaluate(images[:1], True), seconds)
     print(f"\nThe training step limits: one core loads {supply / demand:.1f} times what it takes." if supply > demand
@@ -153,7 +152,7 @@ def bench(args, seconds=8):
 
 
 def main(argv=None):
-    bench(parse_args(argv))
+    bench(train.parse_args(argv))
 
 
 if __name__ == "__main__":

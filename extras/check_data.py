@@ -37,8 +37,9 @@ def check(name, root, context_classes, count, out):
         except UserError as error:
             if split == "train":                           # nothing there at all: one line is enough
                 raise
-            optional = split != VAL_SPLIT.get(name, "val") or name == "folder"
-            optional = optional and "are missing" not in str(error)            # a list without some of its files
+            # Only training and validation need their lists; but a list without some of its files is always a fault.
+            needed = split == VAL_SPLIT.get(name, "val") and name != "folder"
+            optional = not needed and "are missing" not in str(error)
             print(f"  {split:9s} {'not there' if optional else 'FAULT'}: {error}")
             faults += [] if optional else [str(error)]
             continue
