@@ -228,7 +228,7 @@ def pick_device(name="auto"):
 def pick_amp(choice, device):
     """The dtype of autocast, or None. auto: bfloat16 where it is fast. It needs no gradient scaler, unlike float16."""
     if choice == "auto" and device.type == "cuda":
-        choice = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "off"
+        choice = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "off"
     if choice == "auto" and device.type == "cpu":
         choice = "bf16" if torch.cpu._is_avx512_bf16_supported() else "off"
     return torch.bfloat16 if choice == "bf16" else None

@@ -206,9 +206,6 @@ def train(args):
     if args.batch_size % (world * args.accumulate):
         raise UserError(f"--batch-size {args.batch_size} cannot be shared by {world} processes x --accumulate "
                         f"{args.accumulate}")
-    SIGNALS.clear()                                              # a notebook may train again after a Ctrl-C
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, ask_to_stop)
 
     # data
     data, val = build_datasets(args)
@@ -245,6 +242,10 @@ def train(args):
         dist.all_reduce(starts, dist.ReduceOp.MAX)               # the largest start, and minus the smallest
         if starts.sum():
             raise UserError(f"the processes found different checkpoints in {args.out}: all machines must share it")
+    # Not before: with nothing to save a signal should end the process, which may be waiting for one that has failed.
+    SIGNALS.clear()                                              # a notebook may train again after a Ctrl-C
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, ask_to_stop)
     iterations = range(start + 1, args.iters + 1)
     batches = schedule(data, args.batch_size, args.seed, iterations, rank, world)
     loader = iter(make_loader(TrainView(data, args.crop, args.seed), device, args.workers, batch_sampler=batches))

@@ -168,11 +168,13 @@ def test_machines_that_do_not_share_a_folder(command, tmp_path):
         assert status == 1 and "different checkpoints in run" in err and err.count("\n") == 1, err
 
 
-def test_second_ctrl_c_ends_at_once(command, tmp_path):
-    """A second Ctrl-C does not wait for the step to end; the last checkpoint is there."""
-    status, _, _ = python(tmp_path, command, partial(at_call, "train.training_step", 4, "interrupt twice"))
-    assert status == -signal.SIGINT                                              # and not -9, after the time of `start`
-    assert read_checkpoint(tmp_path / "run/last.pth")["iteration"] == 2
+@pytest.mark.parametrize("place, call, action, number", [
+    ("train.training_step", 4, "interrupt twice", 2), ("train.build_network", 1, "signal 15 to the group", 15)])
+def test_nothing_waits_for_an_end(place, call, action, number, command, tmp_path):
+    """A second Ctrl-C does not wait for the step's end, nor a signal before the first step; what was saved is there."""
+    status, _, _ = python(tmp_path, command, partial(at_call, place, call, action))
+    assert status == -number                                                     # and not -9, after the time of `start`
+    assert not (tmp_path / "run").exists() or read_checkpoint(tmp_path / "run/last.pth")["iteration"] == 2
 
 
 @slow
