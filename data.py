@@ -289,8 +289,9 @@ def read_label(path):
                 raw = np.array(image)  # (H, W)
         if raw.dtype == np.uint8:
             return raw
-        numbers = raw.astype(np.uint16)                                        # ids reach 459, some tools write doubles
-        if (numbers != raw).any():
+        with np.errstate(invalid="ignore"):
+            numbers = raw.astype(np.uint16)                                    # ids reach 459, some tools write doubles
+        if (numbers != raw).any():                                             # nan, too
             raise ValueError("it holds values that are no label numbers")
         return numbers
     except Exception as error:  # noqa: BLE001 - Pillow and scipy raise many kinds for broken files

@@ -176,7 +176,7 @@ class EMANet(nn.Module):
                  attention="emau", num_bases=64, em_iterations=3, lam=1.0, alpha=0.9, base_update="average",
                  base_norm="l2", gradient="none", decoder=False, bn_momentum=3e-4, layers=4):
         super().__init__()
-        # Before any other local variable: all arguments but the weights, which a checkpoint brings, and `__class__`.
+        # The first line, so that locals() are the arguments. Not the weights: a checkpoint brings them.
         self.config = {key: value for key, value in locals().items() if key not in ("self", "__class__", "weights")}
         self.trained_on = {}                                                   # filled by load_checkpoint
         self.backbone = DilatedResNet(backbone, stem, weights, output_stride, layers)
@@ -244,7 +244,8 @@ def save_checkpoint(checkpoint, path):
 
 
 def read_checkpoint(path):
-    """Reads a checkpoint's dict onto the CPU after comparing its check sums. UserError: damaged, or no checkpoint."""
+    """Reads a checkpoint's dict onto the CPU. UserError: damaged by its check sums (those of torch before 1.6 have
+    none), or no checkpoint."""
     if not Path(path).is_file():
         raise UserError(f"no checkpoint at {path}: train.py writes model.pth and last.pth into its --out folder")
     try:

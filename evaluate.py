@@ -61,7 +61,7 @@ def pad(images, stride):
 # ---- The metric
 def confusion_matrix(prediction, label, num_classes):
     """Counts int64 (L, L): rows the label's class, columns the predicted one. Label 255 does not count."""
-    # Label 255 lands in row 255, which is cut off.
+    # 256 rows are counted, so that label 255 has one; the first L are kept.
     cells = label.flatten().long() * num_classes + prediction.flatten()  # (H * W,)
     return torch.bincount(cells, minlength=256 * num_classes)[:num_classes ** 2].view(num_classes, num_classes)
 
@@ -194,7 +194,7 @@ def init_process(device_name):
         local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if device.index is not None:
             raise UserError(f"--device {device_name}: each process of torchrun takes its own GPU, --device cuda")
-        if local >= count and (count > 1 or "CUDA_VISIBLE_DEVICES" not in os.environ):       # with 1, it may be its own
+        if local >= count and (count > 1 or "CUDA_VISIBLE_DEVICES" not in os.environ):       # one each, perhaps
             raise UserError(f"there are {count} GPUs: torchrun --nproc_per_node={count} at most")
         device = torch.device("cuda", local % count)
         torch.cuda.set_device(device)

@@ -607,7 +607,7 @@ def test_amp_is_what_convolutions_compute_in(choice, dtype, run_train, folder_ro
 
 
 def test_compiled_run_is_the_same(trained, run_train, tmp_path, monkeypatch):
-    """--compile: all steps run one compiled graph, validation none; losses, mIoU and the names of weights are as ever."""
+    """--compile: all steps run one compiled graph, validation none; losses, mIoU and names of weights are as ever."""
     graphs, compiler = [], torch.compile
     monkeypatch.setattr(torch, "compile", lambda net: compiler(net, backend=lambda graph, _: graphs.append(1) or graph))
     run_train("--iters 3 --compile")

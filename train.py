@@ -2,7 +2,7 @@
 
     python train.py                                                    # built-in scenes: any machine, a few minutes
     torchrun --nproc_per_node=4 train.py --dataset voc                 # the paper's recipe on four GPUs
-    python train.py --dataset folder --data-root my_images             # your own images, one GPU or none
+    python train.py --dataset folder --data-root my_images             # your own images (README), on one GPU
     python train.py --dataset voc --resume auto                        # continue an interrupted run
 
 Writes to --out: model.pth (the network as last validated, for evaluate.py and visualize.py), last.pth (everything
@@ -30,7 +30,7 @@ from ema import CHOICES, EMANet, load_checkpoint, read_checkpoint, save_checkpoi
 from evaluate import evaluate, init_process, layout, make_loader, pick_amp, print_on_rank0, rank_and_world, run, summary
 
 # The recipes: for each data set the defaults of the flags marked * in --help, and `layers`, which has no flag.
-# PAPER is Sec. 6.1; what that leaves open, the gradient, is as in the released code.
+# PAPER is Sec. 6.1; what that leaves open, the gradient, is as in the released code; the stem is torchvision's.
 PAPER = {"split": "trainaug", "backbone": "resnet101", "stem": "7x7", "weights": "imagenet", "output_stride": 16,
          "crop": 513, "batch_size": 16, "iters": 30000, "lr": 0.009, "channels": 512, "decoder": False,
          "eval_every": 3000, "layers": 4, "gradient": "none"}
@@ -70,7 +70,7 @@ def parse_args(argv=None):
     add("--split", help="list of images to train on *")
     add("--context-classes", type=int, choices=(59, 60), default=59, help="PASCAL Context; 60 learns the rest as well")
     add("--crop", type=int, metavar="PIXELS", help="side of the training crops, ideally k x output stride + 1 *")
-    add("--workers", type=int, default=2, help="processes per GPU that decode images ahead (default: 2)")
+    add("--workers", type=int, default=2, help="processes that decode ahead, for each GPU (default: 2)")
     add = parser.add_argument_group("network").add_argument
     add("--backbone", choices=RESNETS, help="depth of the ResNet *")
     add("--stem", choices=("7x7", "deep"), help="first layers: torchvision's 7x7, or the released code's three 3x3 *")
@@ -111,8 +111,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     for key, least in {"em_iterations": 1, "num_bases": 1, "channels": 2, "crop": 2, "batch_size": 1, "accumulate": 1,
                        "iters": 1, "eval_every": 1, "seed": 0, "workers": 0, "lr": 0, "lam": 0, "alpha": 0}.items():
-        if not getattr(args, key) >= least:                                    # nan, too
-            raise UserError(f"--{key.replace('_', '-')} {getattr(args, key)}: must be at least {least}")
+        if not least <= getattr(args, key) < float("inf"):                     # nan, too
+            raise UserError(f"--{key.replace('_', '-')} {getattr(args, key)}: must be at least {least}, and finite")
     if args.alpha > 1:
         raise UserError(f"--alpha {args.alpha}: must be at most 1, where the bases stay")
     return args
@@ -239,8 +239,8 @@ def train(args):
         start = checkpoint["iteration"]
     if world > 1:
         starts = torch.tensor([start, -start])
-        dist.all_reduce(starts, dist.ReduceOp.MAX)               # the largest start, and minus the smallest
-        if starts.sum():
+        dist.all_reduce(starts, dist.ReduceOp.MAX)               # the largest start, and minus the smallest:
+        if starts.sum():                                         # their sum is 0 if all agree
             raise UserError(f"the processes found different checkpoints in {args.out}: all machines must share it")
     # Not before: with nothing to save a signal should end the process, which may be waiting for one that has failed.
     SIGNALS.clear()                                              # a notebook may train again after a Ctrl-C
@@ -256,7 +256,7 @@ def train(args):
     origin = f"the checkpoint of iteration {start}" if checkpoint else args.init or net.backbone.weights_origin
     log_start(log, args, data, val, origin=origin, device=device, amp=amp)
     validations = {*range(args.eval_every, args.iters, args.eval_every), args.iters}         # after these iterations
-    if start in validations:                                     # the run may have ended before this one was through
+    if start in validations:                                     # a kill may have cut this one off: it follows a save
         validate(net, val, out, config, args=args, device=device, iteration=start)
 
     log_every = max(1, min(50, args.iters // 50))

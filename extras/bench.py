@@ -1,10 +1,10 @@
 """How fast is every stage here, and how fast is the released code's way of doing it? Images/s of both, and the ratio.
 
-    python -m extras.bench --dataset voc --data-root DIR --backbone resnet50 --weights none
+    python -m extras.bench --dataset voc --data-root DIR --backbone resnet50
 
-Takes train.py's flags: those of data, network and attention, --recipe, --batch-size, --workers, --amp and --device
-count, the others have nothing to say here. The two ways take turns in one process and their medians are compared,
-because other programs may use the machine as well.
+Takes train.py's flags (and prints its --help): those of data, network and attention, --recipe, --batch-size, --workers,
+--amp and --device count, the others, --weights too, have nothing to say here. The two ways take turns in one process
+and their medians are compared, because other programs may use the machine as well.
 Shapes: H x W pixels of one image, L classes.
 """
 import time

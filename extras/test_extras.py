@@ -285,7 +285,6 @@ BROKEN = {
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("what", BROKEN)
-@pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
 def test_broken_file_is_named(what, workers, tmp_path):
     """Every broken or hostile file gives one line that names it, through data-loader workers too."""
     name, words = write_broken(tmp_path, what)
@@ -372,7 +371,6 @@ def test_whole_copy_has_no_faults(folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("what", BROKEN)
-@pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
 def test_fault_of_a_copy_is_named(what, tmp_path, capsys):
     """Every kind of fault ends the check with an error, and is named."""
     name, words = write_broken(tmp_path, what)

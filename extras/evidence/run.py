@@ -102,12 +102,14 @@ def voc320(data_root):
 def link(path, target):
     if not target.exists():
         raise UserError(f"no {target}: the evidence needs a SegmentationClassAug/ folder with VOC")
-    path.unlink(missing_ok=True)
-    path.symlink_to(target)
+    if not path.is_symlink() or path.readlink() != target:                     # others may be reading it
+        path.unlink(missing_ok=True)
+        path.symlink_to(target)
 
 
 def train(name, arm, seed, data_root, weights):
-    """One run of train.py, resumed if it was interrupted; its last validation becomes a line of NAME.jsonl."""
+    """One run of train.py, resumed if it was interrupted; its last validation becomes a line of NAME.jsonl. Returns
+    whether it came through."""
     command = command_of(name, arm, seed)
     out = ROOT / "out" / "evidence" / f"{name}-{arm}-{seed}"
     where = ["--data-root", data_root] if data_root else []
@@ -118,7 +120,7 @@ def train(name, arm, seed, data_root, weights):
                           env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
     if done.returncode:
         print(f"{name} {arm} {seed} failed: {done.stderr.strip()[-500:]}", flush=True)
-        return
+        return False
     headers, records = read_log(out / "log.jsonl")
     records = list(records.values())
     last = [r for r in records if "val_miou" in r][-1]
@@ -130,6 +132,7 @@ def train(name, arm, seed, data_root, weights):
     with open(HERE / f"{name}.jsonl", "a") as file:
         file.write(json.dumps(line) + "\n")
     print(f"{name} {arm} {seed}: {score(name, line):.2f}, {line['seconds']} s", flush=True)
+    return True
 
 
 def statistics_of_bases(path, data_root):
@@ -179,6 +182,7 @@ def main(argv=None):
     parser.add_argument("--weights", help="file of ResNet-50's ImageNet weights, for voc320")
     parser.add_argument("--table", action="store_true", help="print what is there, run nothing")
     args = parser.parse_args(argv)
+    done = []
     if not args.table:
         roots = {name: voc320(args.data_root) if name.startswith("voc320") else args.data_root
                  for name in args.experiments}
@@ -188,13 +192,13 @@ def main(argv=None):
             futures = [pool.submit(train, *each, roots[each[0]], args.weights) for each in waiting
                        if not result_of(*each)]
             try:
-                for future in futures:
-                    future.result()
+                done = [future.result() for future in futures]
             except BaseException:                                              # Ctrl-C, or a fault of this script
                 pool.shutdown(cancel_futures=True)
                 raise
     for name in args.experiments:
         table(name)
+    return 0 if all(done) else 1
 
 
 if __name__ == "__main__":
