@@ -39,7 +39,7 @@ EVAL_OUTPUT_STRIDE = 8                                    # of validation, and o
 SCENES = PAPER | {"split": "train", "backbone": "resnet18", "weights": "none", "output_stride": 8, "crop": 97,
                   "iters": 360, "lr": 0.1, "channels": 128, "eval_every": 180}
 # Cells ask whether attention brings in what lies far away: a network that by itself sees little of the image.
-# differs: all rounds in the graph. Without, the attention fails at this task (extras/evidence).
+# differs: all rounds in the graph. Without, half of cells-key is not learned (extras/evidence).
 CELLS = SCENES | {"layers": 2, "gradient": "full", "crop": 193, "batch_size": 8, "iters": 400, "lr": 0.03,
                   "eval_every": 400}
 RECIPES = {

@@ -44,8 +44,8 @@ VOC320 = ("--dataset voc --split train --backbone resnet50 --output-stride 16 --
           "--eval-every 900 --workers 1")
 NINE = (0, 8, 9, 10, 12, 13, 15, 17, 18)            # its classes with at least 15 images for validation
 EXPERIMENTS = {  # name: flags of all runs, {arm: its flags}, seeds
-    "cells": ("--dataset cells " + CELLS, ARMS, 5),
-    "cells-key": ("--dataset cells-key " + CELLS, ARMS, 5),
+    "cells": ("--dataset cells " + CELLS, ARMS, 3),
+    "cells-key": ("--dataset cells-key " + CELLS, ARMS, 3),
     "cells-sweep": ("--dataset cells " + CELLS, SWEEP, 2),
     "cells-key-sweep": ("--dataset cells-key " + CELLS, SWEEP, 2),
     "cells-sizes": ("--dataset cells " + CELLS, SIZES, 2),
