@@ -223,11 +223,10 @@ def main(argv=None):
     parser.add_argument("--table", action="store_true", help="print what is there")
     args = parser.parse_args(argv)
     for what in args.what:
-        if what == "photograph" and args.table:
-            continue                                                           # it has none
         if what == "photograph":
-            plain, net = (load_checkpoint(args.runs / f"voc320-{arm}-0" / "model.pth") for arm in ("none", "emau-none"))
-            photograph(plain, net, ROOT / "assets" / "cat.png")
+            if not args.table:
+                nets = (load_checkpoint(args.runs / f"voc320-{arm}-0" / "model.pth") for arm in ("none", "emau-none"))
+                photograph(*nets, ROOT / "assets" / "cat.png")
             continue
         path, experiment = HERE / f"{what}.jsonl", "voc320" if what == "settings" else "camvid"
         done = [line["network"] for line in lines(what)]

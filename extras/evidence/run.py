@@ -73,13 +73,9 @@ def command_of(name, arm, seed):
 
 def result_of(name, arm, seed):
     """The line of a run, None if there is none with just these flags."""
-    def bare(command):
-        # The first runs, of commit 9b8fda1, left "--gradient none" unsaid: it was the default then. Those of CamVid
-        # had a --cache, which changed their speed alone; train.py has it no more.
-        return command.replace(" --gradient none", "").replace(" --cache", "")
-
-    wanted = bare(command_of(name, arm, seed))
-    return next((line for line in lines(name) if bare(line["command"]) == wanted), None)
+    # The runs of CamVid had a --cache, which changed their speed alone; train.py has it no more.
+    wanted = command_of(name, arm, seed)
+    return next((line for line in lines(name) if line["command"].replace(" --cache", "") == wanted), None)
 
 
 def voc320(data_root):
