@@ -5,7 +5,7 @@
 
 Shapes: B images, H x W pixels, C channels, S the output stride.
 """
-from pathlib import Path
+import zipfile
 
 import torch
 from torch import nn
@@ -14,127 +14,106 @@ from torchvision import models
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
 
-class UserError(Exception):
-    """A mistake the user can correct, in one line: what, where, what to do. Scripts print it without a traceback."""
-
-    def __init__(self, message):
-        # DataLoader raises a worker's error again with the worker's traceback as its message: keep the end of that.
-        super().__init__(str(message).split("UserError: ")[-1].strip())
-
-
 class DilatedResNet(nn.Module):
-    """ResNet-18 ... 152 without its classifier. Parameter names are torchvision's (conv1, bn1, layer1 ... layer4).
+    """ResNet-18 ... 152 without its classifier. Parameter names are torchvision's.
 
     in:  images (B, 3, H, W), normalised
-    out: features (B, C, ceil(H / S), ceil(W / S)), C = `out_channels`: 512 for ResNet-18/34, else 2048
+    out: features (B, C, ceil(H / S), ceil(W / S)); C is 512 for ResNet-18 and 34, else 2048
 
-    stem: "7x7" (torchvision) or "deep": three 3x3 convolutions 64-64-128, as in the released EMANet.
-    weights: "imagenet" (torchvision IMAGENET1K_V1), "imagenet-v2", a file, or "none" (random).
-    layers: 4, or 2 for a small network that ends after layer2, at stride 8, with a quarter of the channels.
+    stem: "7x7" (torchvision) or "deep", three 3x3 convolutions as in the released EMANet.
+    weights: "imagenet" (torchvision's IMAGENET1K_V1), a file, or "none" (random).
+
+    Another backbone can take this one's place in EMANet. It needs the attributes `out_channels`
+    (C), `output_stride` and `weights_origin` (words for the log), the method
+    `set_output_stride(8 or 16)`, and features of the size above.
     """
 
-    def __init__(self, name="resnet101", stem="7x7", weights="none", output_stride=8, layers=4):
+    def __init__(self, name="resnet101", stem="7x7", weights="none", output_stride=8):
         super().__init__()
-        if name not in RESNETS or stem not in ("7x7", "deep"):
-            raise ValueError(f"backbone {name!r}, stem {stem!r}: choose one of {RESNETS}, and 7x7 or deep")
-        net = getattr(models, name)()
+        net = models.get_model(name)
         if stem == "deep":
             deepen_stem(net)
         for part in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
             setattr(self, part, getattr(net, part))
         self.out_channels = net.fc.in_features
-        state, self.weights_origin = read_weights(name, stem, weights)
-        if state is not None:
-            try:
-                self.load_state_dict({key: value for key, value in state.items() if not key.startswith("fc.")})
-            except (RuntimeError, AttributeError) as error:
-                raise UserError(f"{self.weights_origin}: does not fit {name} with the {stem} stem, give the --backbone "
-                                f"and --stem it is for ({brief(error)})") from None
-        if layers == 2:
-            self.layer3 = self.layer4 = nn.Identity()
-            self.out_channels //= 4
+        self.weights_origin = "random (no ImageNet weights)"
+        if weights != "none":
+            self.load_weights(name, weights)
         self.set_output_stride(output_stride)
 
-    def forward(self, x):  # (B, 3, H, W); shapes below for layers=4
+    def forward(self, x):  # (B, 3, H, W)
         x = self.relu(self.bn1(self.conv1(x)))  # (B, 64 or 128, H/2, W/2)  sides are rounded up
         x = self.layer1(self.maxpool(x))  # (B, C/8, H/4, W/4)
         x = self.layer2(x)  # (B, C/4, H/8, W/8)
-        x = self.layer3(x)  # (B, C/2, H/min(S, 16), W/min(S, 16))
+        x = self.layer3(x)  # (B, C/2, H/S, W/S)
         return self.layer4(x)  # (B, C, H/S, W/S)
 
     def set_output_stride(self, output_stride):
-        """Sets strides and dilations for output stride 8, 16 or 32. They hold no weights, so a trained network may be
-        changed: train at 16, evaluate at 8 (Sec. 6.1)."""
-        small = isinstance(self.layer3, nn.Identity)             # layers=2: it ends at stride 8
-        if output_stride not in ((8,) if small else (8, 16, 32)):
-            raise UserError(f"output stride {output_stride}: it must be 8" + ("" if small else ", 16 or 32"))
-        if small:
-            return
-        # layer3's stride and rate, layer4's stride and the rates of its blocks. The multi-grid (Sec. 6.1) multiplies
-        # layer4's rate 32 / S by 1, 2, 4; but as in torchvision a layer's first block keeps the rate of the layer
-        # before: at S = 8 the blocks have 2, 8, 16 instead of 4, 8, 16.
-        stride3, rate3, stride4, rates4 = {
-            8: (1, 2, 1, (2, 8, 16)),
-            16: (2, 1, 1, (1, 4, 8)),
-            32: (2, 1, 2, (1, 2, 4))}[output_stride]
-        set_rates(self.layer3, stride3, (1,) + (rate3,) * (len(self.layer3) - 1))
-        set_rates(self.layer4, stride4, rates4[:len(self.layer4)])
+        """Sets strides and dilation rates for output stride 8 or 16. They hold no weights, so a
+        trained network may be changed: train at 16, evaluate at 8 (Sec. 6.1)."""
+        if output_stride not in (8, 16):
+            raise ValueError(f"output stride {output_stride}: it must be 8 or 16")
+        self.output_stride = output_stride
+        # Each stride that is left out doubles the rate of what follows. layer4's is multiplied by
+        # the multi-grid 1, 2, 4 (Sec. 6.1). As in torchvision, a layer's first block keeps the
+        # rate of the layer before.
+        rate = 16 // output_stride                          # layer3's; layer4 has twice that
+        set_rates(self.layer3, [1] + [rate] * (len(self.layer3) - 1), stride=output_stride // 8)
+        set_rates(self.layer4, [rate, 4 * rate, 8 * rate], stride=1)
+
+    def load_weights(self, name, weights):
+        """Loads ImageNet weights. OSError if they cannot be had, or belong to another network."""
+        if weights == "imagenet":
+            self.weights_origin = f"torchvision {name} IMAGENET1K_V1"
+            try:
+                pretrained = models.get_model_weights(name).IMAGENET1K_V1
+                state = pretrained.get_state_dict(progress=False, check_hash=True)
+            except (OSError, RuntimeError) as error:        # no network, or a damaged download
+                raise OSError(f"cannot download {self.weights_origin} ({error}): give --weights "
+                              "FILE") from error
+        else:
+            self.weights_origin, state = weights, read_checkpoint(weights)
+        try:
+            self.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")})
+        except RuntimeError as error:
+            raise OSError(f"{self.weights_origin}: not the weights of {name} with this stem: give "
+                          "the --backbone and --stem they are for") from error
 
 
-def set_rates(layer, stride, rates):
-    """Gives the 3x3 convolutions of a layer's blocks their dilation rates, and the first block its stride."""
-    for block, rate in zip(layer, rates, strict=True):
-        for conv in (m for m in block.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)):
-            conv.dilation = conv.padding = (rate, rate)            # torchvision refuses this for ResNet-18/34's blocks
+def set_rates(layer, rates, stride):
+    """Gives the 3x3 convolutions of each block their dilation rate, the first block its stride."""
+    for block, rate in zip(layer, rates):                   # layer4 of ResNet-18 has two blocks
+        for module in block.modules():
+            if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
+                module.dilation = module.padding = (rate, rate)
     first = layer[0]
-    strided = first.conv2 if hasattr(first, "conv3") else first.conv1        # Bottleneck's only 3x3, BasicBlock's first
+    strided = first.conv2 if hasattr(first, "conv3") else first.conv1      # Bottleneck, BasicBlock
     strided.stride = first.downsample[0].stride = (stride, stride)
 
 
 def deepen_stem(net):
-    """Replaces the 7x7 convolution by three 3x3, 64-64-128, and widens layer1's entrance to match."""
+    """Replaces the 7x7 convolution by three 3x3, 64-64-128, in ResNet-50, 101 and 152."""
     net.conv1 = nn.Sequential(
-        nn.Conv2d(3, 64, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True),
-        nn.Conv2d(64, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True),
-        nn.Conv2d(64, 128, 3, padding=1, bias=False))
+        nn.Conv2d(3, 64, 3, 2, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU(),
+        nn.Conv2d(64, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU(),
+        nn.Conv2d(64, 128, 3, 1, 1, bias=False))
     net.bn1 = nn.BatchNorm2d(128)
-    block = net.layer1[0]
-    old, out = block.conv1, net.layer2[0].conv1.in_channels
-    block.conv1 = nn.Conv2d(128, old.out_channels, old.kernel_size, padding=old.padding, bias=False)
-    block.downsample = nn.Sequential(nn.Conv2d(128, out, 1, bias=False), nn.BatchNorm2d(out))
-    for conv in (net.conv1[0], net.conv1[3], net.conv1[6], block.conv1, block.downsample[0]):
-        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")      # as torchvision does elsewhere
+    first = net.layer1[0]                                   # it takes in 128 channels now, not 64
+    first.conv1 = nn.Conv2d(128, 64, 1, bias=False)
+    first.downsample[0] = nn.Conv2d(128, 256, 1, bias=False)
 
 
-# ---- Weights (skip at first reading)
-def read_weights(name, stem, weights):
-    """The backbone's weights: a state dict, or None for random ones, and where they come from, for the user to see."""
-    if weights == "none":
-        return None, "random (no ImageNet weights)"
-    if weights in ("imagenet", "imagenet-v2"):
-        if stem == "deep":
-            raise UserError("torchvision has no ImageNet weights for the deep stem: give PyTorch-Encoding's file, e.g. "
-                            "--weights resnet101-2a57e44d.pth, or --stem 7x7, or --weights none to start from scratch")
-        version = {"imagenet": "IMAGENET1K_V1", "imagenet-v2": "IMAGENET1K_V2"}[weights]
-        try:
-            state = models.get_model_weights(name)[version].get_state_dict(progress=False, check_hash=True)
-            return state, f"torchvision {name} {version}"
-        except Exception as error:  # noqa: BLE001 - no such weights, no network, or a download damaged on its way
-            raise UserError(f"cannot get {version} of {name} ({brief(error)}): fetch it elsewhere and give "
-                            "--weights FILE, or --weights none to start from scratch") from None
-    path = Path(weights)
-    if not path.is_file():
-        raise UserError(f"no weights at {path}: --weights takes imagenet, imagenet-v2, none or a file")
+def read_checkpoint(path):
+    """The dict that torch.save wrote to a file: weights, or a checkpoint. Code in it never runs.
+    OSError if there is no such file, or it is damaged."""
     try:
-        state = dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # noqa: BLE001 - torch raises many kinds for a file that is no weights file
-        raise UserError(f"{path}: not a file of weights that can be loaded safely: {brief(error)}") from None
-    return state, str(path)
-
-
-def brief(error):
-    """The beginning of a library's message, which may run over many lines."""
-    if "weights_only" in str(error):                 # torch's message advises to switch the protection off
-        return "it holds other things than tensors and plain values"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return " ".join(lines[:2])[:200]
+        # torch writes check sums, but does not look at them.
+        damaged = zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip()
+        content = dict(torch.load(path, map_location="cpu", weights_only=True))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"there is no file {path}") from error
+    except Exception as error:                              # damaged files raise a dozen kinds
+        raise OSError(f"{path}: damaged, or not a file of weights: get it again") from error
+    if damaged:
+        raise OSError(f"{path}: damaged (check sum of {damaged}): get it again")
+    return content

@@ -1,137 +1,144 @@
-"""Is this copy of a data set whole? Checks layout, counts, files and labels, and draws some of it to look at.
+"""Is this copy of a data set whole? Checks lists, files and labels, and draws some of them.
 
-    python -m extras.check_data --dataset voc --data-root DIR          # 100 random pairs of every list
+    python -m extras.check_data --dataset voc --data-root DIR          # 100 random pairs of a list
     python -m extras.check_data --dataset voc --data-root DIR --all    # every pair
 
-Run it first, and paste what it prints into a bug report. Shapes: H x W pixels of one image.
+Run it before you train, and paste what it prints into a bug report.
 """
 import argparse
-import time
+import sys
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+import torch.nn.functional as F
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.utils import make_grid
 
-from backbone import UserError
-from data import DATASETS, IGNORE, VAL_SPLIT, build_dataset, overlay, palette_of
-from evaluate import run
-from extras.drawn import PICTURES
+from data import IGNORE, build_dataset
+from evaluate import new_folder, positive, run
+from visualize import overlay
 
-OFFICIAL = {  # images per split, as the authors count them; None: nobody does
+CONTEXT, COCO_2017 = {"train": 4998, "val": 5105, "trainval": 10103}, {"train": 118287, "val": 5000}
+OFFICIAL = {  # images of each list, as the authors count them. The first two lists must be there.
     "voc": {"train": 1464, "val": 1449, "trainval": 2913, "trainaug": 10582, "test": 1456},
-    "context": {"train": 4998, "val": 5105, "trainval": 10103},
+    "context": CONTEXT, "context60": CONTEXT,
     "cocostuff": {"train": 9000, "test": 1000, "all": 10000},
-    "cocostuff164k": {"train": 118287, "val": 5000}, "coco2voc": {"train": 118287, "val": 5000},
-    "folder": {"train": None, "val": None},
-    **{name: {"train": None, "val": count} for name, (_, count, _) in PICTURES.items()}}
+    "cocostuff164k": COCO_2017, "coco2voc": COCO_2017,
+    "folder": {"train": None, "val": None}}
 
 
-def check(name, root, context_classes, count, out):
-    """Checks a copy of a data set, prints what it finds, draws a contact sheet; returns the number of faults."""
+def check(name, root, count, out):
+    """Prints what it finds in a copy of a data set. Returns the faults."""
     print(f"{name} in {root}")
-    faults, sheet = [], None
+    faults, needed, sheet = [], list(OFFICIAL[name])[:2], None
     for split, official in OFFICIAL[name].items():
+        print(f"  {split}")
         try:
-            data = build_dataset(name, root, split, context_classes)
-        except UserError as error:
-            if split == "train":                           # nothing there at all: one line is enough
-                raise
-            # Only training and validation need their lists; but a list without some of its files is always a fault.
-            needed = split == VAL_SPLIT.get(name, "val") and name != "folder"
-            optional = not needed and "are missing" not in str(error)
-            print(f"  {split:9s} {'not there' if optional else 'FAULT'}: {error}")
-            faults += [] if optional else [str(error)]
+            data = build_dataset(name, root, split)
+        except OSError as error:
+            # The other lists may be absent. But a list without its files is a fault.
+            if split in needed or "files are not there" in str(error):
+                report([str(error)], faults)
+            else:
+                print(f"    not there: {error}")
             continue
-        print(f"  {split:9s} {number_of_images(len(data), official)}")
-        if not data.labelled:
+        print(f"    {len(data)} images" + (f" (official: {official})" if official else ""))
+        if data.labels is None:
+            report([f"{split} has no labels"] if split in needed else [], faults)
             continue
         bad, counts = read_pairs(data, count)
-        new = [line for line in bad if line not in faults]                     # train and val are in trainval again
-        for line in new[:10]:
-            print(f"            FAULT: {line}")
-        faults += new
-        if sheet is None and not bad:
-            sheet = data, counts
-    if sheet:
-        print_pixels(*sheet)
-        out.mkdir(parents=True, exist_ok=True)
-        contact_sheet(sheet[0]).save(out / f"{name}.png")
-        print(f"  wrote {out / name}.png: images with their labels laid over, to look at")
-    return len(faults)
+        report(bad, faults)
+        if not bad and not sheet:
+            report(print_classes(data.classes, counts), faults)
+            sheet = contact_sheet(data)
+            sheet.save(out / f"{name}.png")
+            print(f"    wrote {out / name}.png: do the labels fit the images?")
+    return faults
 
 
-def number_of_images(found, official):
-    if not official:
-        return f"{found} images"
-    if found == official:
-        return f"{found} images, the official number"
-    more = "more" if found > official else "fewer"
-    return f"{found} images, {abs(found - official)} {more} than the official {official}"
+def report(new, faults):
+    """Prints and adds the faults that are not known from another list. Ten lines are enough."""
+    new = [fault for fault in new if fault not in faults]
+    for fault in new[:10]:
+        print(f"    FAULT: {fault}")
+    faults += new
 
 
 class Checked(Dataset):
-    """Reads pairs for the check: item i is ("", counts of label values (256,)), or (the error's text, zeros)."""
+    """Pairs for the check. An item is the pixels of each label value (256,), or an error's text."""
 
     def __init__(self, data):
         self.data = data
 
     def __getitem__(self, i):
         try:
-            return "", np.bincount(self.data[i][1].flatten().numpy(), minlength=256)
-        except UserError as error:
-            return str(error), np.zeros(256, np.int64)
+            return np.bincount(self.data[i][1].flatten().numpy(), minlength=256)  # (256,)
+        except OSError as error:
+            return str(error)
 
 
 def read_pairs(data, count):
-    """Reads `count` random pairs, None for all: the errors' texts, and the pixels of every label value (256,)."""
+    """Reads `count` random pairs, or all if it is None. Returns the errors' texts and the number of
+    pixels of each label value (256,)."""
     wanted = np.sort(np.random.default_rng(0).permutation(len(data))[:count])
-    bad, counts, reported = [], np.zeros(256, np.int64), time.time()
+    bad, counts = [], np.zeros(256, np.int64)  # (256,)
     loader = DataLoader(Checked(data), batch_size=None, sampler=wanted.tolist(), num_workers=2)
-    for done, (error, values) in enumerate(loader, 1):
-        bad += [error] if error else []
-        counts += np.asarray(values)
-        if time.time() - reported > 5:
-            reported = time.time()
-            print(f"            {done}/{len(wanted)} pairs read", flush=True)
-    print(f"            {len(wanted) - len(bad)} of {len(wanted)} pairs read are whole: they decode, sizes agree, "
-          "labels are legal")
+    for done, item in enumerate(loader, 1):
+        if isinstance(item, str):
+            bad.append(item)
+        else:
+            counts += item.numpy()  # (256,)
+        if done % 1000 == 0:
+            print(f"    {done} of {len(wanted)} pairs read", flush=True)
+    print(f"    {len(wanted) - len(bad)} of {len(wanted)} pairs read are whole")
     return bad, counts
 
 
-def print_pixels(data, counts):
-    """The share of every class, from the pixels of every label value (256,)."""
-    print(f"  pixels of the {data.split} pairs read, by class:")
-    for value, name in [*enumerate(data.classes), (IGNORE, "(ignored)")]:
+def print_classes(classes, counts):
+    """Prints the share of each class in the pixels counted (256,). Returns the fault of labels in
+    which one class alone occurs, or none."""
+    for value, name in [*enumerate(classes), (IGNORE, "(ignored)")]:
         print(f"    {name:20s} {100 * counts[value] / counts.sum():6.2f} %")
+    absent = [name for name, pixels in zip(classes, counts) if not pixels]
+    if absent:
+        print(f"    without a pixel in these pairs: {', '.join(absent)}")
+    if len(absent) < len(classes) - 1:
+        return []
+    advice = ": are the masks drawn with 0 and 255? 255 is ignored" if len(classes) == 2 else ""
+    return [f"{len(classes) - len(absent)} of {len(classes)} classes occur{advice}"]
 
 
-def contact_sheet(data, columns=4, rows=4, side=240):
-    """Images of a data set, evenly taken, with their labels laid over, as one PIL image."""
-    sheet, palette = Image.new("RGB", (columns * side, rows * side), "white"), palette_of(data.classes)
-    for n, i in enumerate(np.unique(np.linspace(0, len(data) - 1, columns * rows).astype(int))):
-        image, label = data[i]                                                 # (3, H, W), (H, W)
-        drawn = overlay(image, label, palette)
-        drawn.thumbnail((side - 4, side - 4))
-        sheet.paste(drawn, (n % columns * side, n // columns * side))
-    return sheet
+def contact_sheet(data, side=240):
+    """Sixteen images from all over the list, with their labels laid over."""
+    panels = []
+    for i in np.unique(np.linspace(0, len(data) - 1, 16).astype(int)):
+        image, label = (to_pil_image(part) for part in data[i])
+        image = pil_to_tensor(ImageOps.contain(image, (side, side)))  # (3, h, w)
+        label = pil_to_tensor(ImageOps.contain(label, (side, side), Image.NEAREST))[0]  # (h, w)
+        panel = overlay(image, label, data.classes)  # (3, h, w)
+        beyond = (0, side - panel.shape[2], 0, side - panel.shape[1])
+        panels.append(F.pad(panel, beyond, value=255))  # (3, side, side)
+    return to_pil_image(make_grid(panels, nrow=4, padding=4, pad_value=255))
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        usage="check_data.py --dataset NAME [flags, see --help]", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--dataset", choices=DATASETS, required=True, help="data set")
-    add("--data-root", type=Path, default=Path("datasets"), help="folder that holds it (default: datasets)")
-    add("--context-classes", type=int, choices=(59, 60), default=59, help="of PASCAL Context (default: 59)")
-    add("--count", type=int, default=100, help="random pairs to read of each list (default: 100)")
+    add("--dataset", choices=OFFICIAL, required=True)
+    add("--data-root", default="datasets", help="folder of the data set, default: datasets")
+    add("--count", type=positive, default=100, help="random pairs of each list, default: 100")
     add("--all", action="store_true", help="read every pair")
-    add("--out", type=Path, default=Path("out/check"), help="folder for the picture (default: out/check)")
+    add("--out", type=Path, default="out/check", help="a new folder, default: out/check")
     args = parser.parse_args(argv)
-    if args.count < 1:
-        raise UserError(f"--count {args.count}: must be at least 1")
-    faults = check(args.dataset, args.data_root, args.context_classes, None if args.all else args.count, args.out)
+    sys.stdout.reconfigure(errors="backslashreplace")       # names that a terminal cannot print
+    new_folder(args.out, "give another --out")
+    faults = check(args.dataset, args.data_root, None if args.all else args.count, args.out)
     if faults:
-        raise UserError(f"{faults} fault{'s' * (faults > 1)} found in {args.data_root}")
+        sys.exit(f"error: {len(faults)} fault{'s' * (len(faults) > 1)} in {args.data_root}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Draws training loss and validation mIoU of one or several runs over their iterations.
+"""Draws the training loss and the validation mIoU of one or several runs over their iterations.
 
-    python -m extras.curves out/*/log.jsonl                            # writes curves.png beside the first
+    python -m extras.curves out/*/log.jsonl                            # curves.png beside the first
 """
 import argparse
 import json
@@ -9,98 +9,71 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from backbone import UserError
 from evaluate import run
 
-PANELS = {"loss": "training loss", "val_miou": "validation mIoU"}              # keys of log.jsonl, titles
+PANELS = {"loss": "training loss", "val_miou": "validation mIoU"}      # keys of log.jsonl, titles
 COLOURS = [(178, 34, 34), (31, 90, 180), (34, 139, 34), (218, 140, 0), (128, 0, 128), (0, 150, 150)]
-GAP, TEXT = 8, 13                       # pixels: space between panels, height of letters
+FONT, PANEL = ImageFont.load_default(13), (512, 340)              # width and height of a panel
 
 
 def read_log(path):
-    """A log.jsonl of train.py: its headers, one for every start of the run, and {iteration: record}, in order.
-
-    What a resumed run logged again replaces what it logged before. A line torn by the end of a process is left out.
-    """
-    headers, records = [], {}
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as a log.jsonl of train.py: {error}") from None
-    for line in lines:
+    """The {iteration: record} of a log.jsonl. What a resumed run logs again replaces what stood
+    there. A line that the end of a process tore is left out. OSError if there are no records."""
+    records = {}
+    for line in Path(path).read_text(errors="replace").splitlines():
         try:
-            record = dict(json.loads(line))
-        except (ValueError, TypeError):
+            record = json.loads(line)
+            iteration = record["iteration"]                 # the settings have none
+        except (ValueError, TypeError, KeyError):
             continue
-        if "iteration" in record:
-            records.setdefault(record["iteration"], {}).update(record)         # losses and validation are two lines
-        else:
-            headers.append(record)
-    return headers, dict(sorted(records.items()))
+        # Loss and validation of an iteration are two records.
+        records[iteration] = records.get(iteration, {}) | record
+    if not records:
+        raise OSError(f"{path}: holds no iterations: give a log.jsonl of train.py")
+    return dict(sorted(records.items()))
 
 
 def curves(paths):
-    """The curves of several log.jsonl, as a PIL image: one panel for each of PANELS, and the names of the runs."""
-    runs = [read_log(path)[1] for path in paths]
-    panels = []
-    for key, title in PANELS.items():
-        series = [np.array([(i, r[key]) for i, r in records.items() if key in r], float).reshape(-1, 2)
-                  for records in runs]                                         # (points, 2) each
-        if any(len(points) for points in series):
-            panels.append(plot(series, title))
-    if not panels:
-        raise UserError(f"{paths[0]}: holds no iterations yet")
-    panels.append(legend([Path(path).parent.name or str(path) for path in paths]))
-    sheet = Image.new("RGB", (sum(p.width for p in panels), max(p.height for p in panels)), "white")
-    for i, panel in enumerate(panels):
-        sheet.paste(panel, (sum(p.width for p in panels[:i]), 0))
-    return sheet
-
-
-def plot(series, title, size=(512, 340)):
-    """Lines through series of (x, y) points (n, 2) -> PIL image with axes and title."""
-    sheet, font = Image.new("RGB", size, "white"), ImageFont.load_default(TEXT)
+    """The curves of several logs: a panel for each of PANELS, then the names of the runs."""
+    runs = [read_log(path) for path in paths]
+    names = [Path(path).parent.name or str(path) for path in paths]
+    width = 2 * PANEL[0] + 10 + round(max(FONT.getlength(name) for name in names))
+    sheet = Image.new("RGB", (width, max(PANEL[1], 21 * len(names) + 30)), "white")
     draw = ImageDraw.Draw(sheet)
-    high = np.concatenate(series).max(0)                                       # both axes begin at nought
-    left, top, right, bottom = 48, TEXT + 2 * GAP, size[0] - 20, size[1] - 24
-    scale = np.array([right - left, top - bottom]) / np.maximum(high, 1e-9)
-    draw.text((left, GAP), title, "black", font)
-    for share in np.linspace(0, 1, 5):                                         # grid lines and their numbers
-        x, y = share * high
-        px, py = left + share * (right - left), bottom + share * (top - bottom)
-        draw.line((left, py, right, py), fill=(225, 225, 225))
-        draw.text((4, py - TEXT / 2), f"{y:.3g}", "black", font)
-        draw.text((px, bottom + 4), f"{x:g}", "black", font, anchor="ma")
-    for i, points in enumerate(series):
-        line = [tuple(point) for point in points * scale + (left, bottom)]
-        draw.line(line, fill=COLOURS[i % len(COLOURS)], width=2)
-        for x, y in line if len(line) < 20 else ():
-            draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=COLOURS[i % len(COLOURS)])
-    return sheet
-
-
-def legend(names):
-    """The names of the series with their colours, one below the other -> PIL image."""
-    font, step = ImageFont.load_default(TEXT), TEXT + GAP
-    width = 3 * TEXT + max(round(font.getlength(name)) for name in names)
-    sheet = Image.new("RGB", (width, step * (len(names) + 1) + GAP), "white")
-    draw = ImageDraw.Draw(sheet)
+    for panel, (key, title) in enumerate(PANELS.items()):
+        series = [np.array([(i, r[key]) for i, r in records.items() if key in r]).reshape(-1, 2)
+                  for records in runs]  # (points, 2) each
+        plot(draw, panel * PANEL[0], series, title)
     for i, name in enumerate(names):
-        y = GAP + step * (i + 1)
-        draw.rectangle((0, y, TEXT, y + TEXT), fill=COLOURS[i % len(COLOURS)], outline="black")
-        draw.text((step, y), name, "black", font)
+        draw.text((2 * PANEL[0], 21 * i + 30), name, COLOURS[i % len(COLOURS)], FONT)
     return sheet
+
+
+def plot(draw, left, series, title):
+    """Lines through each series of points x, y (n, 2), in the panel at `left`. Axes begin at 0."""
+    left, top, right, bottom = left + 48, 30, left + PANEL[0] - 20, PANEL[1] - 24
+    high = np.concatenate([np.full((1, 2), 1e-9), *series]).max(0)  # (2,)
+    draw.text((left, 8), title, "black", FONT)
+    for share in np.linspace(0, 1, 5):                      # grid lines and their numbers
+        x, y = left + share * (right - left), bottom + share * (top - bottom)
+        draw.line((left, y, right, y), fill=(225, 225, 225))
+        draw.text((left - 44, y - 7), f"{share * high[1]:.3g}", "black", FONT)
+        draw.text((x, bottom + 4), f"{share * high[0]:g}", "black", FONT, anchor="ma")
+    for i, points in enumerate(series):
+        points = points / high * (right - left, top - bottom) + (left, bottom)  # (n, 2)
+        line, colour = [tuple(point) for point in points], COLOURS[i % len(COLOURS)]
+        draw.line(line, fill=colour, width=2)
+        for x, y in line if len(line) < 20 else ():         # a line of one point shows nothing
+            draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("logs", nargs="+", help="log.jsonl of train.py, one or several")
-    parser.add_argument("--out", type=Path, help="the picture (default: curves.png beside the first log)")
     args = parser.parse_args(argv)
-    out = (args.out or Path(args.logs[0]).parent / "curves").with_suffix(".png")
-    sheet = curves(args.logs)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(out)
+    out = Path(args.logs[0]).parent / "curves.png"
+    curves(args.logs).save(out)
     print(f"wrote {out}")
 
 

@@ -1,0 +1,275 @@
+"""The paper's ablations in small: only the head is trained, on frozen features of photographs.
+
+    python -m extras.evidence.frozen features --data-root DIR --weights FILE   # once, 20 minutes
+    python -m extras.evidence.frozen run --part 0           # the even runs; --part 1: the odd ones
+    python -m extras.evidence.frozen run --only "emau gradient=full, lr 0.03, seed 0"
+    python -m extras.evidence.frozen table
+
+Each run becomes a line of frozen.jsonl; what has a line is not run again. README.md beside this
+file has the protocol. Shapes: B images, 21 x 21 positions, C = 256 channels, L = 21 classes.
+"""
+import argparse
+import itertools
+import json
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from backbone import DilatedResNet
+from data import VOC_CLASSES, SegmentationDataset, normalise, schedule
+from ema import EMAU, conv_bn_relu
+from evaluate import confusion_matrix, run, scores
+from extras.relatives import RELATIVES
+from train import build_optimizer, segmentation_loss
+
+HERE = Path(__file__).resolve().parent
+STORE = Path("out/frozen_features.pt")
+SIDE, CHANNELS, BATCH, ITERS = 321, 256, 8, 1200
+NINE = (0, 8, 9, 10, 12, 13, 15, 17, 18)        # classes with at least 15 images for validation
+ROUNDS = (1, 2, 3, 4, 8, 16)                    # T in evaluation
+
+NONE, FULL = "emau gradient=none", "emau gradient=full"
+ARMS = ("none", "control", NONE, FULL, "nonlocal", "a2")
+FIG3 = ([f"{FULL} base_update={update} base_norm={norm}" for update, norm in
+         itertools.product(("average", "backprop", "fixed"), ("l2", "layer", "none"))]
+        + [f"{NONE} base_update=average base_norm=l2", f"{NONE} base_update=fixed base_norm=l2"])
+FIG4 = [f"{emau} iterations={T}" for emau in (NONE, FULL) for T in (1, 2, 3, 4, 8)]
+SIZES = ([f"{FULL} num_bases={K}" for K in (4, 16, 64, 128)]
+         + [f"{FULL} lam={lam}" for lam in (0.5, 1.0, 4.0)])
+DEFAULTS = (" base_update=average", " base_norm=l2", " iterations=3", " num_bases=64", " lam=1.0")
+TABLES = {  # what, arms, learning rates, seeds
+    "learning rate": (("none",), (0.01, 0.03, 0.1), 1),
+    "arms": (ARMS, (0.03,), 5),
+    "arms at other learning rates": (ARMS[:4], (0.01, 0.1), 2),
+    "Fig. 4": (FIG4, (0.03,), 3),
+    "Fig. 3": (FIG3, (0.03,), 3),
+    "K and lambda": (SIZES, (0.03,), 3)}
+
+
+def name_of(arm, lr, seed):
+    """The name of a run. Options that have their default are left out: such runs are the same."""
+    for default in DEFAULTS:
+        arm = arm.replace(default, "")
+    return f"{arm}, lr {lr}, seed {seed}"
+
+
+def all_runs():
+    """The names of all runs, the most important first, each once."""
+    return list(dict.fromkeys(
+        name_of(arm, lr, seed) for arms, lrs, seeds in TABLES.values()
+        for seed in range(seeds) for lr in lrs for arm in arms))
+
+
+# ---- Features
+@torch.no_grad()
+def make_features(root, weights):
+    """Features (images, C, 21, 21) and labels (images, SIDE, SIDE) of the lists beside this file:
+    2,734 images for training, then 520. PCA reduces 2048 channels to C."""
+    base = Path(root, "VOCdevkit/VOC2012")
+    net = DilatedResNet("resnet50", "7x7", weights, 16).eval()
+    ids = [i for split in ("train", "val")
+           for i in (HERE / f"voc320_{split}.txt").read_text().split()]
+    masks = [next(p for folder in ("SegmentationClassAug", "SegmentationClass")
+                  if (p := base / folder / f"{i}.png").exists()) for i in ids]
+    data = SegmentationDataset(
+        "voc", "frozen", VOC_CLASSES, {c: c for c in (*range(21), 255)}, ids,
+        [str(base / f"JPEGImages/{i}.jpg") for i in ids], [str(mask) for mask in masks])
+    features, labels = [], []
+    for i, (image, label) in enumerate(data):
+        beyond = (0, SIDE - image.shape[2], 0, SIDE - image.shape[1])
+        with torch.autocast("cpu", torch.bfloat16):
+            x = net(F.pad(normalise(image[None]), beyond))[0]  # (2048, 21, 21)
+        features.append(x.half())
+        labels.append(F.pad(label, beyond, value=255))  # (SIDE, SIDE)
+        if i % 100 == 0:
+            print(f"{i}/{len(ids)}", flush=True)
+        if i + 1 == len(ids):
+            break
+    x = torch.stack([f.flatten(1) for f in features[:2734:5]]).float()  # (images, 2048, N)
+    x = x.transpose(1, 2).flatten(0, 1)  # (pixels, 2048)
+    mean = x.mean(0)  # (2048,)
+    values, vectors = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))  # (2048,), (2048, 2048)
+    values, vectors = values[-CHANNELS:], vectors[:, -CHANNELS:]  # (C,), (2048, C)
+    print(f"{100 * values.sum() / (x - mean).square().sum(1).mean():.0f}% of the variance kept")
+    scale = values.mean().sqrt()
+    reduced = [torch.einsum("chw,cd->dhw", f.float() - mean[:, None, None], vectors) / scale
+               for f in features]  # (C, 21, 21) each
+    STORE.parent.mkdir(exist_ok=True)
+    torch.save({"x": torch.stack(reduced).half(), "label": torch.stack(labels)}, STORE)
+
+
+# ---- A run
+class Control(nn.Module):
+    """EMAU's two convolutions without EM between them."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 1)
+        self.conv2 = nn.Sequential(
+            nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels))
+        for conv in (self.conv1, self.conv2[0]):
+            nn.init.kaiming_normal_(conv.weight)
+
+    def forward(self, x):  # (B, C, h, w)
+        return F.relu(x + self.conv2(F.relu(self.conv1(x))))  # (B, C, h, w)
+
+
+def build_head(arm, seed):
+    """3x3 convolution, attention, classifier. The seed gives all arms the same weights outside the
+    attention."""
+    torch.manual_seed(seed)
+    reduce, classifier = conv_bn_relu(CHANNELS, CHANNELS), nn.Conv2d(CHANNELS, 21, 1)
+    kind, *words = arm.split()
+    options = dict(word.split("=") for word in words)
+    options = {key: float(value) if key == "lam" else int(value) if value.isdigit() else value
+               for key, value in options.items()}
+    kinds = {"none": lambda channels: nn.Identity(), "control": Control, "emau": EMAU, **RELATIVES}
+    head = nn.Sequential(reduce, kinds[kind](CHANNELS, **options), classifier)
+    for module in head.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 9 / ITERS                     # as in train.py
+    return head
+
+
+def train_head(head, store, lr, seed):
+    """The head of train.py's loss and optimiser, by the poly policy. Images are mirrored."""
+    optimizer, rng = build_optimizer(head, lr), np.random.default_rng(seed)
+    for iteration, batch in enumerate(schedule(range(2734), BATCH, seed, range(1, ITERS + 1))):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * (1 - iteration / ITERS) ** 0.9 * group["lr_scale"]
+        indices = torch.tensor([index for _, index in batch])  # (B,)
+        x = store["x"][indices]  # (B, C, 21, 21)
+        label = store["label"][indices, ::4, ::4]  # (B, 81, 81)
+        mirrored = torch.from_numpy(rng.random(BATCH) < 0.5)[:, None, None]  # (B, 1, 1)
+        label = torch.where(mirrored, label.flip(2), label)
+        x = torch.where(mirrored[..., None], x.flip(3), x).float()
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = head(x).float()  # (B, L, 21, 21)
+        logits = F.interpolate(logits, (81, 81), mode="bilinear", align_corners=True)
+        segmentation_loss(logits, label).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@torch.no_grad()
+def judge(head, store):
+    """{T: IoU of every class} on the validation images; T is 0 without EMAU."""
+    head.eval()
+    features = [head[0](x[None].float()) for x in store["x"][2734:]]  # (1, C, 21, 21) each
+    found = {}
+    for T in ROUNDS if isinstance(head[1], EMAU) else (0,):
+        head[1].iterations = T
+        confusion = torch.zeros(21, 21, dtype=torch.int64)
+        for x, label in zip(features, store["label"][2734:]):
+            logits = F.interpolate(head[1:](x), (SIDE, SIDE), mode="bilinear", align_corners=True)
+            confusion += confusion_matrix(logits[0].max(0)[1], label, 21)
+        found[T] = [value and round(value, 5) for value in scores(confusion)["iou"]]
+    return found
+
+
+def run_all(part, only):
+    store, began = torch.load(STORE), time.time()
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, check=False,
+                            capture_output=True, text=True).stdout.strip()
+    for name in [only] if only else all_runs()[part::2]:
+        if name in read_lines() and not only:
+            continue
+        began = time.time()
+        arm, lr, seed = name.replace("lr ", "").replace("seed ", "").split(", ")
+        head = build_head(arm, int(seed))
+        train_head(head, store, float(lr), int(seed))
+        line = {"name": name, "iou": judge(head, store), "seconds": round(time.time() - began),
+                "commit": commit, "torch": torch.__version__}
+        print(f"{name}: {score(line['iou'])}, {line['seconds']} s", flush=True)
+        if not only:
+            with open(HERE / "frozen.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+# ---- Tables
+def read_lines():
+    """{name of a run: its line}, of the runs that there are."""
+    path = HERE / "frozen.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {line["name"]: line for line in map(json.loads, lines)}
+
+
+def score(iou):
+    """{T: mean IoU of the nine classes, in %}."""
+    return {int(T): 100 * float(np.mean([values[c] for c in NINE])) for T, values in iou.items()}
+
+
+def trained_with(arm):
+    """T of an arm's training, 0 without EMAU."""
+    options = dict(word.split("=") for word in arm.split()[1:])
+    return int(options.get("iterations", 3)) if arm.startswith("emau") else 0
+
+
+def seeds_of(lines, arm, lr, T, seeds):
+    """{seed: mean IoU with T rounds}, of the runs of an arm that there are."""
+    found = {seed: lines.get(name_of(arm, lr, seed)) for seed in range(seeds)}
+    return {seed: score(line["iou"])[T] for seed, line in found.items() if line}
+
+
+def arms_table(what, lines):
+    """Mean, deviation, and the difference from the control with the same seed and its error."""
+    arms, lrs, seeds = TABLES[what]
+    rows = [f"{what + ', mean IoU in %':50s}seeds   mean   dev.  - control  error"]
+    for lr, arm in itertools.product(lrs, arms):
+        values = seeds_of(lines, arm, lr, trained_with(arm), seeds)
+        control = seeds_of(lines, "control", lr, 0, seeds)
+        pairs = np.array([values[s] - control[s] for s in values if s in control])
+        row = f"{arm + f', lr {lr}':50s}{len(values):5d}"
+        if values:
+            row += f"{np.mean(list(values.values())):7.2f}"
+        if len(values) > 1:
+            row += f"{np.std(list(values.values()), ddof=1):7.2f}"
+        if len(pairs) > 1 and arm != "control":
+            row += f"{pairs.mean():+11.2f}{pairs.std(ddof=1) / len(pairs) ** 0.5:7.2f}"
+        rows.append(row if values else f"{row}   not run")
+    return rows
+
+
+def rounds_table(what, lines):
+    """Mean IoU by T in evaluation, means over the seeds, one arm a row."""
+    arms, (lr,), seeds = TABLES[what]
+    rows = [f"{what + ', mean IoU in %, T in evaluation':50s}" + "".join(f"{T:7d}" for T in ROUNDS)]
+    for arm in arms:
+        means = [list(seeds_of(lines, arm, lr, T, seeds).values()) for T in ROUNDS]
+        row = "".join(f"{np.mean(m):7.2f}" for m in means) if means[0] else "   not run"
+        rows.append(f"{arm:50s}{row}   {len(means[0])} seeds")
+    return rows
+
+
+def print_tables():
+    lines = read_lines()
+    for what in TABLES:
+        print("\n".join(arms_table(what, lines)), end="\n\n")
+        if what.startswith("Fig."):
+            print("\n".join(rounds_table(what, lines)), end="\n\n")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("do", choices=("features", "run", "table"))
+    parser.add_argument("--data-root", default="datasets", help="of VOC at 320 pixels")
+    parser.add_argument("--weights", help="ResNet-50's ImageNet weights, a file")
+    parser.add_argument("--part", type=int, choices=(0, 1), default=0, help="half of the runs")
+    parser.add_argument("--only", help="one run by its name, without a line in frozen.jsonl")
+    args = parser.parse_args(argv)
+    if args.do == "features":
+        make_features(args.data_root, args.weights)
+    elif args.do == "run":
+        run_all(args.part, args.only)
+    else:
+        print_tables()
+
+
+if __name__ == "__main__":
+    run(main)
