@@ -110,8 +110,8 @@ def read_checkpoint(path):
         # torch writes check sums, but does not look at them.
         damaged = zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip()
         content = dict(torch.load(path, map_location="cpu", weights_only=True))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"there is no file {path}") from error
+    except (FileNotFoundError, PermissionError):            # these name the file
+        raise
     except Exception as error:                              # damaged files raise a dozen kinds
         raise OSError(f"{path}: damaged, or not a file of weights: get it again") from error
     if damaged:

@@ -6,6 +6,7 @@
 Everything stays uint8 until `normalise` makes floats of it on the device. The names of the classes
 are at the end.
 """
+from glob import glob
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
 from torchvision.transforms.v2.functional import InterpolationMode, resized_crop
 
-IGNORE = 255                      # label of pixels that count neither in training nor evaluation
+IGNORE = 255                      # label of pixels that do not count
 ILLEGAL = 254                     # in a label table: a value that must not occur
 MEAN = 255 * torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)        # ImageNet's, for 0..255
 STD = 255 * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
@@ -32,7 +33,7 @@ def build_dataset(name, root="datasets", split=None):
 
 
 class SegmentationDataset(Dataset):
-    """Images on disk and their labels, both given as lists of paths.
+    """Images on disk and their labels, two lists of paths.
 
     item: image uint8 (3, H, W), label uint8 (H, W); the label is all 255 if `labels` is None
     classes: their names, in the order of the indices. ids: the names of the images.
@@ -54,7 +55,7 @@ class SegmentationDataset(Dataset):
         path, raw = self.labels[i], read_label(self.labels[i])  # (H, W)
         if raw.shape != image.shape[1:]:
             raise OSError(f"{path}: the label is of {raw.shape} pixels, its image of "
-                          f"{tuple(image.shape[1:])}: they must be equal")
+                          f"{tuple(image.shape[1:])}")
         label = self.table[raw]  # (H, W)
         if (label == ILLEGAL).any():
             value = raw[label == ILLEGAL][0]
@@ -89,7 +90,7 @@ def voc(name, root, split):
         labels = find_files(base / "SegmentationClassAug", ids, ".png")
     else:
         ids = read_list(lists / f"{split}.txt")
-        labels = find_labels(base / "SegmentationClass", ids)
+        labels = find_files(base / "SegmentationClass", ids, ".png", optional=True)
     to_class = {raw: raw for raw in (*range(21), IGNORE)}
     images = find_files(base / "JPEGImages", ids, ".jpg")
     return SegmentationDataset(name, split, VOC_CLASSES, to_class, ids, images, labels)
@@ -120,9 +121,10 @@ def cocostuff(name, root, split):
 
 def coco2017(name, root, split):
     """COCO-Stuff 164K, or coco2voc: the same files with VOC's classes and everything else as
-    background, for VOC's test server (Sec. 6.2.3). They hold id - 1, and 255 for unlabelled."""
-    images = sorted((root / f"images/{split}2017").glob("*.jpg"))
-    ids = [path.stem for path in images]
+    background (Sec. 6.2.3). They hold id - 1, and 255 for unlabelled."""
+    base = root / f"images/{split}2017"
+    ids = sorted(path.stem for path in base.glob("[!.]*.jpg"))
+    images = find_files(base, ids, ".jpg")
     labels = find_files(root / f"annotations/{split}2017", ids, ".png")
     if name == "coco2voc":
         classes, to_class = VOC_CLASSES, {raw: 0 for raw in range(182)}
@@ -139,7 +141,7 @@ def folder(name, root, split):
     classes = read_list(root / "classes.txt")
     ids = read_list(root / f"ImageSets/Segmentation/{split}.txt")
     images = find_files(root / "JPEGImages", ids, ".jpg", ".jpeg", ".png")
-    labels = find_labels(root / "SegmentationClass", ids)
+    labels = find_files(root / "SegmentationClass", ids, ".png", optional=True)
     to_class = {raw: raw for raw in (*range(len(classes)), IGNORE)}
     return SegmentationDataset(name, split, classes, to_class, ids, images, labels)
 
@@ -160,28 +162,27 @@ def read_list(path):
     """The lines of a text file that are not empty."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}: is --data-root right? (README, Data)")
-    # Names in another encoding are not found, which find_files says.
     text = path.read_text(encoding="utf-8-sig", errors="replace")
+    if "\ufffd" in text:                                    # PowerShell writes UTF-16
+        raise OSError(f"{path}: save it as UTF-8")
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def find_files(folder, ids, *suffixes):
-    """The paths of the ids in a folder. They may lie in its sub-folders, as "city/0001"."""
-    found = {path.relative_to(folder).with_suffix("").as_posix(): str(path)
-             for path in sorted(folder.rglob("*")) if path.suffix.lower() in suffixes}
+def find_files(folder, ids, *suffixes, optional=False):
+    """The paths of the ids in a folder or its sub-folders, as "city/0001". None if they are
+    optional and all are missing, as the labels of VOC's test."""
+    # Backwards: im0.jpg wins over im0.png.
+    files = sorted(glob("**", root_dir=folder, recursive=True), reverse=True)
+    found = {str(Path(file).with_suffix("")): f"{folder}/{file}"
+             for file in files if Path(file).suffix.lower() in suffixes}
     missing = [i for i in ids if i not in found]
+    if optional and len(missing) == len(ids):
+        return None
     if missing or not ids:
         raise FileNotFoundError(
-            f"{folder}: {len(missing)} of {len(ids)} files are not there, such as {missing[:1]} + "
-            f"{' or '.join(suffixes)}: is --data-root right? (README, Data)")
+            f"{folder}: {len(missing)} of {len(ids)} files are missing, such as {missing[:1]} + "
+            f"{' or '.join(suffixes)} (lists have no suffix): is --data-root right? (README, Data)")
     return [found[i] for i in ids]
-
-
-def find_labels(folder, ids):
-    """The same for labels; None if not one of the images has a label, as in VOC's test."""
-    if not any((folder / f"{i}.png").exists() for i in ids):
-        return None
-    return find_files(folder, ids, ".png")
 
 
 def read_image(path, exif=False):
@@ -209,7 +210,7 @@ def read_label(path):
         else:
             with Image.open(path) as file:
                 kind, raw = f"{file.format} {file.mode}", np.array(file)  # (H, W)
-    except Exception as error:                              # Pillow and scipy raise a dozen kinds
+    except Exception as error:                              # scipy, too
         raise OSError(f"{path}: not a label file, or damaged ({error}): replace it") from error
     if kind not in ("mat", "PNG P", "PNG L", "PNG 1"):
         raise OSError(f"{path}: {kind}: a label must be a PNG of class indices, palette or gray")
@@ -219,8 +220,7 @@ def read_label(path):
 # ---- What a run trains on
 class TrainView(Dataset):
     """Random scale, crop and flip of a data set (Sec. 6.1). An item is asked for by (iteration,
-    index) and depends on (seed, iteration, index) alone, whatever the number of workers and
-    processes, and after a restart, too.
+    index) and depends on (seed, iteration, index) alone, not on workers, processes or restarts.
 
     item: image uint8 (3, crop, crop), label uint8 (crop, crop); beyond the picture 255
     """
@@ -254,7 +254,7 @@ class TrainView(Dataset):
         part = self.crop if scale == 1 else round(self.crop / scale) | 1
         if part <= length:
             return rng.integers(length - part + 1), part, self.crop
-        return 0, length, min(self.crop, max(1, round(length * scale)))        # a smaller image
+        return 0, length, min(self.crop, max(2, round(length * scale)))        # a smaller image
 
 
 def schedule(data, batch_size, seed, iterations, rank=0, world=1):
@@ -288,7 +288,7 @@ def palette_of(classes):
 
 
 def save_index_png(label, path, classes):
-    """Writes class indices (H, W) as a palette PNG, as VOC's server and label tools want them."""
+    """Writes class indices (H, W) as a palette PNG, as VOC's server wants them."""
     image = Image.fromarray(np.asarray(label, np.uint8))
     image.putpalette(palette_of(classes).tobytes())
     Path(path).parent.mkdir(parents=True, exist_ok=True)    # a name may have a sub-folder

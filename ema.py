@@ -84,7 +84,7 @@ class EMAU(nn.Module):
     def em(self, x, iterations):
         """Rounds of EM on the pixels x (B, N, C), from mu^(0). Returns the last round's z (B, N, K)
         and mu (B, C, K)."""
-        mu = self.mu.expand(len(x), -1, -1)  # (B, C, K)
+        mu = self.mu.expand(x.shape[0], -1, -1)  # (B, C, K)
         for _ in range(iterations):
             z = self.e_step(x, mu)  # (B, N, K)
             mu = self.m_step(x, z)  # (B, C, K)
@@ -144,7 +144,7 @@ class EMANet(nn.Module):
         if attention == "emau":
             self.attention = EMAU(channels, **options)
         elif attention == "none":
-            self.attention = nn.Identity()
+            self.attention = nn.Sequential(**options)       # empty, and it takes no options
         else:
             from extras.relatives import RELATIVES
             self.attention = RELATIVES[attention](channels, **options)
@@ -179,10 +179,10 @@ def load_checkpoint(path):
     released checkpoint has the key "net". OSError if the file is none of these.
     """
     checkpoint = read_checkpoint(path)
-    if "net" in checkpoint:
-        from extras.released import convert
-        checkpoint = convert(checkpoint["net"])
     try:
+        if "net" in checkpoint:
+            from extras.released import convert
+            checkpoint = convert(checkpoint["net"])
         net = EMANet(**checkpoint["network"])
         net.load_state_dict(checkpoint["model"])
         net.dataset, net.classes = checkpoint["dataset"], checkpoint["classes"]

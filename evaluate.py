@@ -33,7 +33,7 @@ def predict(net, image, ms_flip=False, amp=None):
     size, total = image.shape[1:], 0
     image = normalise(image[None])  # (1, 3, H, W)
     for scale in MS_SCALES if ms_flip else (1.0,):
-        h, w = (int(side * scale) for side in size)
+        h, w = (max(1, int(side * scale)) for side in size)
         view = F.interpolate(image, (h, w), mode="bilinear", align_corners=True)  # (1, 3, h, w)
         if ms_flip:
             view = torch.cat([view, view.flip(3)])  # (2, 3, h, w)
@@ -118,12 +118,12 @@ def parse_args(argv=None):
     add("--ckpt", required=True, help="model.pth of train.py, or a released checkpoint")
     add("--dataset", choices=DATASETS, help="default: what it was trained on")
     add("--data-root", default="datasets", help="its folder, default: datasets")
-    add("--split", help="list of images, default: the validation list")
+    add("--split", help="default: the validation list")
     add("--ms-flip", action="store_true", help="six scales and mirror images")
     add("--output-stride", type=int, choices=(8, 16), default=8, help="default: 8")
     add("--save-png", help="new folder for the predictions")
-    add("--amp", choices=("auto", "bf16", "off"), default="off", help="bf16 is faster and moves "
-        "mIoU in the second decimal, default: off")
+    add("--amp", choices=("auto", "bf16", "off"), default="off", help="bf16 moves mIoU "
+        "in the second decimal, default: off")
     add("--workers", type=int, default=2, help="for each process, default: 2")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto")
     return parser.parse_args(argv)
@@ -155,14 +155,14 @@ def open_dataset(args, net):
 
 # ---- Processes and devices, for all scripts
 def positive(text):
-    """An argparse type: a whole number of at least 1."""
+    """An argparse type: whole numbers from 1."""
     if int(text) < 1:
         raise ValueError
     return int(text)
 
 
 def new_folder(path, advice="choose another folder"):
-    """Makes a folder for results. FileExistsError if something is in it that they might replace."""
+    """Makes a folder for results. FileExistsError if it is not empty."""
     os.makedirs(path, exist_ok=True)
     if os.listdir(path):
         raise FileExistsError(f"{path} is not empty: {advice}")
@@ -207,7 +207,8 @@ def make_loader(data, device, workers, **sampling):
 
 def run(main, on_interrupt="stopped"):
     """Runs a script's main. Ctrl-C, and a file that is missing or wrong, become one line."""
-    sys.stdout.reconfigure(errors="backslashreplace")       # names the terminal cannot print
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")   # names the terminal cannot print
     try:
         main()
     except KeyboardInterrupt:

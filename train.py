@@ -192,7 +192,7 @@ def train(args):
     if checkpoint:
         net.load_state_dict(checkpoint["model"])
     elif args.init:
-        load_init(net, args.init)
+        load_init(net, args.init, data.classes)
     net.to(device, memory_format=torch.channels_last)
     if world > 1 and device.type == "cuda":                 # torch synchronises BN on GPUs only
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
@@ -284,17 +284,17 @@ def network_arguments(args, num_classes):
             "attention": args.attention, **(options if args.attention == "emau" else {})}
 
 
-def load_init(net, path):
+def load_init(net, path, classes):
     """Begins with the network of a checkpoint. A classifier of other classes begins anew."""
-    state, own = load_checkpoint(path).state_dict(), net.state_dict()
-    if len(state["classifier.bias"]) != len(own["classifier.bias"]):
-        print_on_rank0(f"{path} has another number of classes: the classifier begins anew")
+    trained, own = load_checkpoint(path), net.state_dict()
+    state = trained.state_dict()
+    if trained.classes != classes:
+        print_on_rank0(f"{path} has other classes: the classifier begins anew")
         state |= {key: own[key] for key in ("classifier.weight", "classifier.bias")}
     try:
         net.load_state_dict(state)
     except RuntimeError as error:
-        raise OSError(f"{path}: another network: give the --backbone, --stem, --channels, "
-                      "--decoder and --attention that it has") from error
+        raise OSError(f"{path}: another network: give the flags that trained it") from error
 
 
 # ---- Files

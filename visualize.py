@@ -1,6 +1,6 @@
 """Draws what a network sees: its prediction and the responsibilities of its bases (Fig. 5).
 
-    python visualize.py --ckpt out/scenes/model.pth                    # images of its data set
+    python visualize.py --ckpt out/scenes/model.pth                    # of its data set
     python visualize.py --ckpt model.pth --image holiday.jpg           # your own, or a folder's
 
 Shapes: H x W pixels of an image, T iterations, K bases, h x w features of the image, padded.
@@ -19,8 +19,7 @@ from data import DATASETS, IGNORE, normalise, palette_of, read_image
 from ema import EMAU, load_checkpoint
 from evaluate import init_process, new_folder, open_dataset, pad, positive, predict, run
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".webp")
-LONGER_SIDE = 513                 # own images are shrunk to this, as in training
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")
 
 
 # ---- What the network sees
@@ -78,10 +77,12 @@ def own_images(path):
     """Yields name, image uint8 (3, H, W), turned as its EXIF says, and an empty label (H, W)."""
     files = [Path(path)]
     if files[0].is_dir():
-        files = sorted(file for file in files[0].iterdir() if file.suffix.lower() in SUFFIXES)
+        files = sorted(file for file in files[0].glob("[!.]*") if file.suffix.lower() in SUFFIXES)
+    if not files:
+        raise FileNotFoundError(f"{path}: it holds none of {SUFFIXES}")
     for file in files:
         image = to_pil_image(read_image(file, exif=True))
-        image.thumbnail((LONGER_SIDE, LONGER_SIDE))
+        image.thumbnail((513, 513))                         # as in training
         image = pil_to_tensor(image)  # (3, H, W)
         yield file.name, image, torch.full_like(image[0], IGNORE)
 
@@ -94,11 +95,11 @@ def parse_args(argv=None):
     add("--ckpt", required=True, help="model.pth of train.py, or a released checkpoint")
     add("--dataset", choices=DATASETS, help="default: what it was trained on")
     add("--data-root", default="datasets", help="its folder, default: datasets")
-    add("--split", help="list of images, default: the validation list")
-    add("--count", type=positive, default=4, help="images of the data set, default: 4")
-    add("--image", metavar="FILE|DIR", help="your own image, or a folder of them, instead")
+    add("--split", help="default: the validation list")
+    add("--count", type=positive, default=4, help="images, default: 4")
+    add("--image", metavar="FILE|DIR", help="your own image, or a folder")
     add("--bases", type=int, nargs="+", metavar="K", help="default: those with the most pixels")
-    add("--out", metavar="DIR", help="a new folder, default: pictures, beside the checkpoint")
+    add("--out", metavar="DIR", help="a new folder, default: beside the checkpoint")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto")
     return parser.parse_args(argv)
 
@@ -112,7 +113,7 @@ def main(argv=None):
         data = open_dataset(args, net)
         images = ((name, *data[i]) for i, name in enumerate(data.ids[:args.count]))
     out = Path(args.out or Path(args.ckpt).parent / "pictures")
-    if args.out:                                            # the default may be written again
+    if args.out:                                            # the default may exist
         new_folder(out)
     device = init_process(args.device)
     net.to(device, memory_format=torch.channels_last)
@@ -122,13 +123,13 @@ def main(argv=None):
         if isinstance(net.attention, EMAU):
             z = responsibilities(net, image.to(device))  # (K, T, H, W)
             bases = args.bases or fullest_bases(z)
-            if max(bases) >= len(z):
-                sys.exit(f"error: --bases {max(bases)}: the last is {len(z) - 1}")
+            if not set(bases) <= set(range(len(z))):
+                sys.exit(f"error: --bases: there are 0 to {len(z) - 1}")
             maps = z[bases]  # (bases, T, H, W)
         path = out / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         picture(image, label, prediction, maps, net.classes).save(path)
-        print(f"wrote {path}; bases, from top to bottom: {bases}", flush=True)
+        print(f"wrote {path}; bases, from top to bottom: {bases}")
 
 
 if __name__ == "__main__":

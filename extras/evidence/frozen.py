@@ -74,13 +74,14 @@ def make_features(root, weights):
     net = DilatedResNet("resnet50", "7x7", weights, 16).eval()
     ids = [i for split in ("train", "val")
            for i in (HERE / f"voc320_{split}.txt").read_text().split()]
-    masks = [next(p for folder in ("SegmentationClassAug", "SegmentationClass")
-                  if (p := base / folder / f"{i}.png").exists()) for i in ids]
+    masks = {path.stem: str(path) for folder in ("SegmentationClass", "SegmentationClassAug")
+             for path in (base / folder).glob("*.png")}
     data = SegmentationDataset(
         "voc", "frozen", VOC_CLASSES, {c: c for c in (*range(21), 255)}, ids,
-        [str(base / f"JPEGImages/{i}.jpg") for i in ids], [str(mask) for mask in masks])
+        [base / f"JPEGImages/{i}.jpg" for i in ids], [masks[i] for i in ids])
     features, labels = [], []
-    for i, (image, label) in enumerate(data):
+    for i in range(len(ids)):
+        image, label = data[i]  # (3, H, W), (H, W)
         beyond = (0, SIDE - image.shape[2], 0, SIDE - image.shape[1])
         with torch.autocast("cpu", torch.bfloat16):
             x = net(F.pad(normalise(image[None]), beyond))[0]  # (2048, 21, 21)
@@ -88,14 +89,12 @@ def make_features(root, weights):
         labels.append(F.pad(label, beyond, value=255))  # (SIDE, SIDE)
         if i % 100 == 0:
             print(f"{i}/{len(ids)}", flush=True)
-        if i + 1 == len(ids):
-            break
     x = torch.stack([f.flatten(1) for f in features[:2734:5]]).float()  # (images, 2048, N)
     x = x.transpose(1, 2).flatten(0, 1)  # (pixels, 2048)
     mean = x.mean(0)  # (2048,)
     values, vectors = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))  # (2048,), (2048, 2048)
     values, vectors = values[-CHANNELS:], vectors[:, -CHANNELS:]  # (C,), (2048, C)
-    print(f"{100 * values.sum() / (x - mean).square().sum(1).mean():.0f}% of the variance kept")
+    print(f"{100 * values.sum() / (x - mean).square().sum(1).mean():.0f}% of the variance")
     scale = values.mean().sqrt()
     reduced = [torch.einsum("chw,cd->dhw", f.float() - mean[:, None, None], vectors) / scale
                for f in features]  # (C, 21, 21) each
@@ -204,54 +203,35 @@ def score(iou):
     return {int(T): 100 * float(np.mean([values[c] for c in NINE])) for T, values in iou.items()}
 
 
-def trained_with(arm):
-    """T of an arm's training, 0 without EMAU."""
-    options = dict(word.split("=") for word in arm.split()[1:])
-    return int(options.get("iterations", 3)) if arm.startswith("emau") else 0
+def found(lines, arm, lr, seeds, T=None):
+    """Mean IoU of each seed (seeds,), with T rounds or as many as in training; nan if not run."""
+    if T is None:
+        T = 0 if "emau" not in arm else int(dict(
+            word.split("=") for word in arm.split()[1:]).get("iterations", 3))
+    names = [name_of(arm, lr, seed) for seed in range(seeds)]
+    return np.array([score(lines[n]["iou"])[T] if n in lines else np.nan for n in names])
 
 
-def seeds_of(lines, arm, lr, T, seeds):
-    """{seed: mean IoU with T rounds}, of the runs of an arm that there are."""
-    found = {seed: lines.get(name_of(arm, lr, seed)) for seed in range(seeds)}
-    return {seed: score(line["iou"])[T] for seed, line in found.items() if line}
-
-
-def arms_table(what, lines):
-    """Mean, deviation, and the difference from the control with the same seed and its error."""
+def print_table(what, lines):
+    """Mean, deviation, and the mean difference from the control with the same seed and its error;
+    for Figs. 3 and 4 mean IoU by T in evaluation as well."""
     arms, lrs, seeds = TABLES[what]
-    rows = [f"{what + ', mean IoU in %':50s}seeds   mean   dev.  - control  error"]
+    rounds = ROUNDS if what.startswith("Fig.") else ()
+    heads = "".join(f"  T={T:2d}" for T in rounds)
+    print(f"{what:44s}runs   mean   dev.  - control  error{heads}")
     for lr, arm in itertools.product(lrs, arms):
-        values = seeds_of(lines, arm, lr, trained_with(arm), seeds)
-        control = seeds_of(lines, "control", lr, 0, seeds)
-        pairs = np.array([values[s] - control[s] for s in values if s in control])
-        row = f"{arm + f', lr {lr}':50s}{len(values):5d}"
-        if values:
-            row += f"{np.mean(list(values.values())):7.2f}"
-        if len(values) > 1:
-            row += f"{np.std(list(values.values()), ddof=1):7.2f}"
-        if len(pairs) > 1 and arm != "control":
+        values = found(lines, arm, lr, seeds)  # (seeds,)
+        runs = np.isfinite(values).sum()
+        row = f"{arm + f', lr {lr}':44s}{runs:4d}" + (f"{np.nanmean(values):7.2f}" if runs else "")
+        if runs > 1:
+            row += f"{np.nanstd(values, ddof=1):7.2f}"
+            pairs = values - found(lines, "control", lr, seeds)  # (seeds,)
+            pairs = pairs[np.isfinite(pairs)]
             row += f"{pairs.mean():+11.2f}{pairs.std(ddof=1) / len(pairs) ** 0.5:7.2f}"
-        rows.append(row if values else f"{row}   not run")
-    return rows
-
-
-def rounds_table(what, lines):
-    """Mean IoU by T in evaluation, means over the seeds, one arm a row."""
-    arms, (lr,), seeds = TABLES[what]
-    rows = [f"{what + ', mean IoU in %, T in evaluation':50s}" + "".join(f"{T:7d}" for T in ROUNDS)]
-    for arm in arms:
-        means = [list(seeds_of(lines, arm, lr, T, seeds).values()) for T in ROUNDS]
-        row = "".join(f"{np.mean(m):7.2f}" for m in means) if means[0] else "   not run"
-        rows.append(f"{arm:50s}{row}   {len(means[0])} seeds")
-    return rows
-
-
-def print_tables():
-    lines = read_lines()
-    for what in TABLES:
-        print("\n".join(arms_table(what, lines)), end="\n\n")
-        if what.startswith("Fig."):
-            print("\n".join(rounds_table(what, lines)), end="\n\n")
+        if runs:
+            row += "".join(f"{np.nanmean(found(lines, arm, lr, seeds, T)):6.1f}" for T in rounds)
+        print(row if runs else f"{row}  not run")
+    print()
 
 
 def main(argv=None):
@@ -268,7 +248,8 @@ def main(argv=None):
     elif args.do == "run":
         run_all(args.part, args.only)
     else:
-        print_tables()
+        for what in TABLES:
+            print_table(what, read_lines())
 
 
 if __name__ == "__main__":
