@@ -55,14 +55,10 @@ def mean_statistics(net, data, device, count=16):
 
 
 def statistics_line(bases, num_bases):
-    """The numbers of mean_statistics in a line, with a warning where the attention does nothing."""
-    line = (f"bases | |x| {bases['length']:.1f} | perplexity of z {bases['perplexity']:.1f} of "
+    """The numbers of mean_statistics in a line."""
+    return (f"bases | |x| {bases['length']:.1f} | perplexity of z {bases['perplexity']:.1f} of "
             f"{num_bases} | {bases['used']:.0f} in use | cosine {bases['cosine']:.2f} | effective "
             f"rank {bases['rank']:.1f}")
-    if bases["rank"] < min(3, num_bases / 2) or bases["perplexity"] > 0.75 * num_bases:
-        line += ("\nwarning: the attention is nearly dead, or the task is simple: all pixels get "
-                 "about the same mixture of bases. --gradient full lets it learn more")
-    return line
 
 
 def parse_args(argv=None):

@@ -39,7 +39,7 @@ def check(name, root, count, out):
             data = build_dataset(name, root, split)
         except OSError as error:
             # The other lists may be absent. But a list without its files is a fault.
-            if split in needed or "files are not there" in str(error):
+            if split in needed or "files are missing" in str(error):
                 report([str(error)], faults)
             else:
                 print(f"    not there: {error}")
@@ -134,7 +134,6 @@ def main(argv=None):
     add("--all", action="store_true", help="read every pair")
     add("--out", type=Path, default="out/check", help="a new folder, default: out/check")
     args = parser.parse_args(argv)
-    sys.stdout.reconfigure(errors="backslashreplace")       # names that a terminal cannot print
     new_folder(args.out, "give another --out")
     faults = check(args.dataset, args.data_root, None if args.all else args.count, args.out)
     if faults:

@@ -69,19 +69,9 @@ def print_table():
               f"{memory / 1e6:9.1f}   {remark}".rstrip())
 
 
-def print_growth(sides=(33, 65, 97, 129)):
-    print("\nGrowth with the number of pixels N = h * w: GMAC (MB)\n"
-          f"{'':34s}" + "".join(f"{f'{side}x{side}':>18s}" for side in sides))
-    for name, block in (("EMAU", EMAU), ("A2 block", A2Block), ("Non-local block", NonLocal)):
-        costs = [cost(block(512), 512, side) for side in sides]
-        print(f"{name:34s}" + "".join(f"{macs / 1e9:9.2f} ({memory / 1e6:6.0f})"
-                                      for macs, _, memory in costs))
-
-
 def main():
     with FakeTensorMode():
         print_table()
-        print_growth()
 
 
 if __name__ == "__main__":

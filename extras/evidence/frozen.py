@@ -87,8 +87,6 @@ def make_features(root, weights):
             x = net(F.pad(normalise(image[None]), beyond))[0]  # (2048, 21, 21)
         features.append(x.half())
         labels.append(F.pad(label, beyond, value=255))  # (SIDE, SIDE)
-        if i % 100 == 0:
-            print(f"{i}/{len(ids)}", flush=True)
     x = torch.stack([f.flatten(1) for f in features[:2734:5]]).float()  # (images, 2048, N)
     x = x.transpose(1, 2).flatten(0, 1)  # (pixels, 2048)
     mean = x.mean(0)  # (2048,)
@@ -103,16 +101,8 @@ def make_features(root, weights):
 
 
 # ---- A run
-class Control(nn.Module):
+class Control(EMAU):
     """EMAU's two convolutions without EM between them."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, channels, 1)
-        self.conv2 = nn.Sequential(
-            nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels))
-        for conv in (self.conv1, self.conv2[0]):
-            nn.init.kaiming_normal_(conv.weight)
 
     def forward(self, x):  # (B, C, h, w)
         return F.relu(x + self.conv2(F.relu(self.conv1(x))))  # (B, C, h, w)
@@ -127,7 +117,8 @@ def build_head(arm, seed):
     options = dict(word.split("=") for word in words)
     options = {key: float(value) if key == "lam" else int(value) if value.isdigit() else value
                for key, value in options.items()}
-    kinds = {"none": lambda channels: nn.Identity(), "control": Control, "emau": EMAU, **RELATIVES}
+    kinds = {"none": lambda channels: nn.Identity(), "emau": EMAU, **RELATIVES,
+             "control": lambda channels: Control(channels, gradient="full")}
     head = nn.Sequential(reduce, kinds[kind](CHANNELS, **options), classifier)
     for module in head.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -161,7 +152,7 @@ def judge(head, store):
     head.eval()
     features = [head[0](x[None].float()) for x in store["x"][2734:]]  # (1, C, 21, 21) each
     found = {}
-    for T in ROUNDS if isinstance(head[1], EMAU) else (0,):
+    for T in ROUNDS if type(head[1]) is EMAU else (0,):
         head[1].iterations = T
         confusion = torch.zeros(21, 21, dtype=torch.int64)
         for x, label in zip(features, store["label"][2734:]):
