@@ -2,7 +2,7 @@
 
     python evaluate.py --ckpt out/voc/model.pth                        # single scale
     python evaluate.py --ckpt out/voc/model.pth --ms-flip              # six scales, mirrored too
-    torchrun --nproc_per_node=4 evaluate.py --ckpt out/voc/model.pth   # each image counts once
+    torchrun --nproc_per_node=4 evaluate.py --ckpt out/voc/model.pth   # on four GPUs
 
 What all scripts share is at the end. Shapes: H x W pixels of an image, L classes.
 """
@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from data import DATASETS, IGNORE, build_dataset, normalise, save_index_png
 from ema import load_checkpoint
 
-TIMEOUT = 600                     # seconds until a process or worker that hangs ends the job
+TIMEOUT = 600                     # seconds, then a hanging process or worker ends the job
 MS_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 
 
@@ -79,7 +79,7 @@ def evaluate(net, data, device, *, ms_flip=False, amp=None, workers=2, save_png=
     PNGs of the original size."""
     net.eval()
     torch.backends.cudnn.benchmark = False                  # images are of many sizes
-    # Each process takes every world-th image. DistributedSampler would count some twice.
+    # Every world-th image. DistributedSampler would count some twice.
     rank, world = rank_and_world()
     mine = range(rank, len(data), world)
     loader = make_loader(data, device, workers, batch_size=None, sampler=mine)
@@ -91,14 +91,14 @@ def evaluate(net, data, device, *, ms_flip=False, amp=None, workers=2, save_png=
         if save_png:
             save_index_png(prediction.cpu(), f"{save_png}/{data.ids[i]}.png", data.classes)
         if i and i % 100 < world:
-            print_on_rank0(f"  {i}/{len(data)}, {time.time() - start:.0f} s")
+            print_on_rank0(f"  {i}/{len(data)}")
     if world > 1:
         dist.all_reduce(confusion)
     return scores(confusion) | {"seconds": time.time() - start}
 
 
 def summary(data, result, ms_flip=False):
-    """The line that ends every evaluation, in percent."""
+    """The last line of an evaluation, in percent."""
     line = f"eval {data.name} {data.split} {'ms-flip' if ms_flip else 'ss'} | "
     judged, L = sum(iou is not None for iou in result["iou"]), len(data.classes)
     if not judged:
@@ -146,7 +146,7 @@ def main(argv=None):
 
 
 def open_dataset(args, net):
-    """The data set of --dataset, or the one that the network was trained on."""
+    """The data set of --dataset, or the network's."""
     data = build_dataset(args.dataset or net.dataset, args.data_root, args.split)
     if data.classes != net.classes:
         sys.exit(f"error: {args.ckpt} has other classes than {data.name}, or in another order")
@@ -155,7 +155,6 @@ def open_dataset(args, net):
 
 # ---- Processes and devices, for all scripts
 def positive(text):
-    """An argparse type: whole numbers from 1."""
     if int(text) < 1:
         raise ValueError
     return int(text)
@@ -202,7 +201,12 @@ def pick_amp(choice, device):
 
 def make_loader(data, device, workers, **sampling):
     return DataLoader(data, num_workers=workers, pin_memory=device.type == "cuda",
-                      timeout=TIMEOUT if workers else 0, **sampling)
+                      timeout=TIMEOUT if workers else 0, worker_init_fn=be_quiet, **sampling)
+
+
+def be_quiet(worker):
+    # A worker's errors go to the main process. This hides those of Ctrl-C.
+    sys.excepthook = lambda *error: None
 
 
 def run(main, on_interrupt="stopped"):
@@ -214,10 +218,10 @@ def run(main, on_interrupt="stopped"):
     except KeyboardInterrupt:
         sys.exit(on_interrupt)
     except OSError as error:             # a worker's comes with a traceback, the message last
-        message = (str(error).strip() or repr(error)).splitlines()[-1]
+        message = str(error).strip().splitlines()[-1]
         sys.exit("error: " + message.split("Error: ", 1)[-1])
     if dist.is_initialized():
-        dist.barrier()                   # torch 2.10's gloo can hang when a process leaves early
+        dist.barrier()                   # gloo of torch 2.10 can hang otherwise
         dist.destroy_process_group()
 
 

@@ -19,7 +19,7 @@ from data import DATASETS, IGNORE, normalise, palette_of, read_image
 from ema import EMAU, load_checkpoint
 from evaluate import init_process, new_folder, open_dataset, pad, positive, predict, run
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
 
 
 # ---- What the network sees
@@ -38,7 +38,7 @@ def responsibilities(net, image):
 def fullest_bases(z):
     """The four bases with the most pixels of z (K, T, H, W) at the end. Fig. 5's are random."""
     pixels = torch.bincount(z[:, -1].argmax(0).flatten(), minlength=len(z))  # (K,)
-    return pixels.argsort(descending=True, stable=True)[:4].tolist()
+    return pixels.argsort(descending=True)[:4].tolist()
 
 
 # ---- The picture
@@ -65,6 +65,7 @@ def overlay(image, label, classes):
     colours = [tuple(palette_of(classes)[c].tolist()) for c in present]
     masks = torch.stack([label == c for c in present])  # (classes present, H, W)
     panel = to_pil_image(draw_segmentation_masks(image, masks, alpha=0.6, colors=colours))
+    # The names have a white rim, because some of VOC's colours cannot be read.
     for row, (c, colour) in enumerate(zip(present, colours)):
         ImageDraw.Draw(panel).text(
             (4, 4 + 17 * row), classes[c], colour, ImageFont.load_default(13), stroke_width=2,
@@ -98,7 +99,7 @@ def parse_args(argv=None):
     add("--split", help="default: the validation list")
     add("--count", type=positive, default=4, help="images, default: 4")
     add("--image", metavar="FILE|DIR", help="your own image, or a folder")
-    add("--bases", type=int, nargs="+", metavar="K", help="default: those with the most pixels")
+    add("--bases", type=int, nargs="+", help="default: those with the most pixels")
     add("--out", metavar="DIR", help="a new folder, default: beside the checkpoint")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto")
     return parser.parse_args(argv)
