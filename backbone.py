@@ -24,7 +24,7 @@ class DilatedResNet(nn.Module):
     weights: "imagenet" (torchvision's IMAGENET1K_V1), a file, or "none" (random).
 
     Another backbone can take this one's place in EMANet. It needs the attributes `out_channels`
-    (C), `output_stride` and `weights_origin` (words for the log), the method
+    (C), `output_stride` and `weights_origin` (text to log), the method
     `set_output_stride(8 or 16)`, and features of the size above.
     """
 
@@ -54,15 +54,15 @@ class DilatedResNet(nn.Module):
         if output_stride not in (8, 16):
             raise ValueError(f"output stride {output_stride}: it must be 8 or 16")
         self.output_stride = output_stride
-        # Each stride that is left out doubles the rate of what follows. layer4's is multiplied by
-        # the multi-grid 1, 2, 4 (Sec. 6.1). As in torchvision, a layer's first block keeps the
-        # rate of the layer before.
-        rate = 16 // output_stride                          # layer3's; layer4 has twice that
+        # Each removed stride doubles all later rates. In layer4 the multi-grid 1, 2, 4 multiplies
+        # them (Sec. 6.1). As in torchvision, a layer's first block keeps the previous rate.
+        # S = 8: layer3 1, 2, 2 ..., layer4 2, 8, 16. S = 16: layer3 1, 1 ..., layer4 1, 4, 8.
+        rate = 16 // output_stride
         set_rates(self.layer3, [1] + [rate] * (len(self.layer3) - 1), stride=output_stride // 8)
         set_rates(self.layer4, [rate, 4 * rate, 8 * rate], stride=1)
 
     def load_weights(self, name, weights):
-        """Loads ImageNet weights. OSError if they cannot be had, or belong to another network."""
+        """Loads ImageNet weights. OSError if they are unavailable, or another network's."""
         if weights == "imagenet":
             self.weights_origin = f"torchvision {name} IMAGENET1K_V1"
             try:
@@ -81,7 +81,7 @@ class DilatedResNet(nn.Module):
 
 
 def set_rates(layer, rates, stride):
-    """Gives the 3x3 convolutions of each block their dilation rate, the first block its stride."""
+    """Sets the dilation rate of each block's 3x3 convolutions and the stride of the first block."""
     for block, rate in zip(layer, rates):                   # layer4 of ResNet-18 has two blocks
         for module in block.modules():
             if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
@@ -98,7 +98,7 @@ def deepen_stem(net):
         nn.Conv2d(64, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU(),
         nn.Conv2d(64, 128, 3, 1, 1, bias=False))
     net.bn1 = nn.BatchNorm2d(128)
-    first = net.layer1[0]                                   # it takes in 128 channels now, not 64
+    first = net.layer1[0]                                   # its input now has 128 channels, not 64
     first.conv1 = nn.Conv2d(128, 64, 1, bias=False)
     first.downsample[0] = nn.Conv2d(128, 256, 1, bias=False)
 
@@ -107,13 +107,13 @@ def read_checkpoint(path):
     """The dict that torch.save wrote to a file: weights, or a checkpoint. Code in it never runs.
     OSError if there is no such file, or it is damaged."""
     try:
-        # torch writes check sums, but does not look at them.
+        # torch writes checksums but never verifies them.
         damaged = zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip()
         content = dict(torch.load(path, map_location="cpu", weights_only=True))
-    except (FileNotFoundError, PermissionError):            # these name the file
+    except (FileNotFoundError, PermissionError):            # their messages name the file
         raise
-    except Exception as error:                              # damaged files raise a dozen kinds
-        raise OSError(f"{path}: damaged, or not a file of weights: get it again") from error
+    except Exception as error:                              # damaged files raise many kinds
+        raise OSError(f"{path}: damaged, or not a weights file: get it again") from error
     if damaged:
-        raise OSError(f"{path}: damaged (check sum of {damaged}): get it again")
+        raise OSError(f"{path}: damaged (checksum of {damaged}): get it again")
     return content

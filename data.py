@@ -3,8 +3,8 @@
     data = build_dataset("voc", "datasets", "val")
     image, label = data[0]      # uint8 (3, H, W) and uint8 (H, W): class index, or 255 = ignored
 
-Everything stays uint8 until `normalise` makes floats of it on the device. The names of the classes
-are at the end.
+Everything stays uint8 until `normalise` converts it on the device. The names of the classes are at
+the end.
 """
 from glob import glob
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
 from torchvision.transforms.v2.functional import InterpolationMode, resized_crop
 
-IGNORE = 255                      # label of pixels that do not count
+IGNORE = 255                      # label of ignored pixels
 ILLEGAL = 254                     # in a label table: a value that must not occur
 MEAN = 255 * torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)        # ImageNet's, for 0..255
 STD = 255 * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
@@ -37,7 +37,7 @@ class SegmentationDataset(Dataset):
 
     item: image uint8 (3, H, W), label uint8 (H, W); the label is all 255 if `labels` is None
     classes: their names, in the order of the indices. ids: the names of the images.
-    to_class: {value in a label file: class index or 255}. Any other value is an OSError.
+    to_class: {value in a label file: class index or 255}. Any other value raises OSError.
     """
     scales = SCALES
 
@@ -54,7 +54,7 @@ class SegmentationDataset(Dataset):
             return image, torch.full(image.shape[1:], IGNORE, dtype=torch.uint8)  # (H, W)
         path, raw = self.labels[i], read_label(self.labels[i])  # (H, W)
         if raw.shape != image.shape[1:]:
-            raise OSError(f"{path}: the label is of {raw.shape} pixels, its image of "
+            raise OSError(f"{path}: the label is {raw.shape} pixels, its image "
                           f"{tuple(image.shape[1:])}")
         label = self.table[raw]  # (H, W)
         if (label == ILLEGAL).any():
@@ -65,7 +65,7 @@ class SegmentationDataset(Dataset):
 
 
 def label_table(to_class):
-    """The table raw label -> class, uint8 (65536,), from a dict. What is not in it is ILLEGAL."""
+    """The table raw label -> class, uint8 (65536,), from a dict. Other values are ILLEGAL."""
     table = np.full(65536, ILLEGAL, np.uint8)
     table[list(to_class)] = list(to_class.values())
     return table
@@ -121,7 +121,7 @@ def cocostuff(name, root, split):
 
 def coco2017(name, root, split):
     """COCO-Stuff 164K, or coco2voc: the same files with VOC's classes and everything else as
-    background (Sec. 6.2.3). They hold id - 1, and 255 for unlabelled."""
+    background (Sec. 6.2.3). Labels hold id - 1, or 255 for unlabelled."""
     base = root / f"images/{split}2017"
     ids = sorted(path.stem for path in base.glob("[!.]*.jpg"))
     images = find_files(base, ids, ".jpg")
@@ -136,8 +136,8 @@ def coco2017(name, root, split):
 
 
 def folder(name, root, split):
-    """Your own images in VOC's layout: JPEGImages/, SegmentationClass/, classes.txt (a name a
-    line), ImageSets/Segmentation/SPLIT.txt (names without suffix)."""
+    """Your own images in VOC's layout: JPEGImages/, SegmentationClass/, classes.txt (one name
+    per line), ImageSets/Segmentation/SPLIT.txt (names without suffix)."""
     classes = read_list(root / "classes.txt")
     ids = read_list(root / f"ImageSets/Segmentation/{split}.txt")
     images = find_files(root / "JPEGImages", ids, ".jpg", ".jpeg", ".png")
@@ -147,7 +147,7 @@ def folder(name, root, split):
 
 
 def scenes(name, root, split):
-    """Landscapes that a program draws. They need no files."""
+    """Landscapes that a program draws, without files."""
     from extras.drawn import Scenes
     return Scenes(split)
 
@@ -159,7 +159,7 @@ DATASETS = {"voc": voc, "context": context, "context60": context, "cocostuff": c
 
 # ---- Files
 def read_list(path):
-    """The lines of a text file that are not empty."""
+    """The non-empty lines of a text file."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}: is --data-root right? (README, Data)")
     text = path.read_text(encoding="utf-8-sig", errors="replace")
@@ -170,8 +170,8 @@ def read_list(path):
 
 def find_files(folder, ids, *suffixes, optional=False):
     """The paths of the ids in a folder or its sub-folders, as "city/0001". None if they are
-    optional and all are missing, as the labels of VOC's test."""
-    # Backwards: im0.jpg wins over im0.png.
+    optional and all missing, as the labels of VOC's test are."""
+    # Reversed, so that im0.jpg beats im0.png.
     files = sorted(glob("**", root_dir=folder, recursive=True), reverse=True)
     found = {str(Path(file).with_suffix("")): f"{folder}/{file}"
              for file in files if Path(file).suffix.lower() in suffixes}
@@ -186,14 +186,14 @@ def find_files(folder, ids, *suffixes, optional=False):
 
 
 def read_image(path, exif=False):
-    """An image file as uint8 (3, H, W). exif: turn it as its EXIF says, which labels do not do."""
+    """An image file as uint8 (3, H, W). exif: apply its EXIF rotation, which labels lack."""
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file) if exif else file
             mode, rgb = file.mode, pil_to_tensor(image.convert("RGB"))  # (3, H, W)
-    except Exception as error:                              # Pillow raises a dozen kinds
+    except Exception as error:                              # Pillow raises many kinds
         raise OSError(f"{path}: not an image, or damaged ({error}): replace it") from error
-    if mode[0] in "IF":                                     # Pillow has cut the upper values off
+    if mode[0] in "IF":                                     # Pillow has clipped high values
         raise OSError(f"{path}: gray of more than 8 bits: save it with 8")
     return rgb
 
@@ -210,7 +210,7 @@ def read_label(path):
         else:
             with Image.open(path) as file:
                 kind, raw = f"{file.format} {file.mode}", np.array(file)  # (H, W)
-    except Exception as error:                              # scipy, too
+    except Exception as error:                              # and scipy, too
         raise OSError(f"{path}: not a label file, or damaged ({error}): replace it") from error
     if kind not in ("mat", "PNG P", "PNG L", "PNG 1"):
         raise OSError(f"{path}: {kind}: a label must be a PNG of class indices, palette or gray")
@@ -219,10 +219,10 @@ def read_label(path):
 
 # ---- What a run trains on
 class TrainView(Dataset):
-    """Random scale, crop and flip of a data set (Sec. 6.1). An item is asked for by (iteration,
-    index) and depends on (seed, iteration, index) alone, not on workers, processes or restarts.
+    """Random scale, crop and flip of a data set (Sec. 6.1). The key of an item is (iteration,
+    index). It depends on (seed, iteration, index) alone, not on workers, processes or restarts.
 
-    item: image uint8 (3, crop, crop), label uint8 (crop, crop); beyond the picture 255
+    item: image uint8 (3, crop, crop), label uint8 (crop, crop), 255 outside the picture
     """
 
     def __init__(self, data, crop, seed):
@@ -233,15 +233,15 @@ class TrainView(Dataset):
         rng = np.random.default_rng((self.seed, iteration, index))
         image, label = self.data[index]  # (3, H, W), (H, W)
         scale = rng.choice(self.data.scales)
-        # differs: a window is cut out, and it alone is scaled. The released code scales the whole
-        # image, and its labels lie 0.3 to 0.5 pixels off on average.
+        # differs: only a cut-out window is scaled. The released code scales the whole image, and
+        # its labels are 0.3 to 0.5 pixels off on average.
         top, height, new_height = self.window(rng, image.shape[1], scale)
         left, width, new_width = self.window(rng, image.shape[2], scale)
         window, size = (top, left, height, width), (new_height, new_width)
         image = resized_crop(image, *window, size, antialias=False)  # (3, new_height, new_width)
         label = resized_crop(label[None], *window, size, InterpolationMode.NEAREST_EXACT)[0]
 
-        # Beyond the picture lies the mean colour, which normalisation turns into 0.
+        # The padding is the mean colour, which normalisation turns into about 0.
         padded = MEAN.round().byte().repeat(1, self.crop, self.crop)  # (3, crop, crop)
         padded[:, :new_height, :new_width] = image
         beyond = (0, self.crop - new_width, 0, self.crop - new_height)
@@ -249,18 +249,19 @@ class TrainView(Dataset):
         return (padded.flip(2), label.flip(1)) if rng.random() < 0.5 else (padded, label)
 
     def window(self, rng, length, scale):
-        """One side of the window: where it begins, its pixels, and its pixels after scaling."""
-        # An odd number of pixels: an even one would put scaled labels half a pixel off.
+        """One side of the window: its start, its length, and its length after scaling."""
+        # Odd lengths, because nearest pixels of even ones would shift labels by half a pixel.
         part = self.crop if scale == 1 else round(self.crop / scale) | 1
         if part <= length:
             return rng.integers(length - part + 1), part, self.crop
-        return 0, length, min(self.crop, max(2, round(length * scale)))        # a smaller image
+        part = length if scale == 1 else (length - 1) | 1   # a small image, without one row
+        return 0, part, min(self.crop, max(2, round(length * scale)))
 
 
 def schedule(data, batch_size, seed, iterations, rank=0, world=1):
-    """Batch sampler: for each of `iterations`, counted from 1, this process' share of the batch as
-    (iteration, index). The batch is a function of (seed, iteration) alone. Each epoch is shuffled
-    anew, and its last, incomplete batch is left out."""
+    """Batch sampler: for each of `iterations`, counted from 1, this process's share of the batch as
+    (iteration, index). The batch is a function of (seed, iteration) alone. Each epoch is
+    reshuffled and drops its last, incomplete batch."""
     for iteration in iterations:
         epoch, step = divmod(iteration - 1, len(data) // batch_size)
         order = np.random.default_rng((seed, epoch)).permutation(len(data))
@@ -277,7 +278,7 @@ def normalise(images):
 # ---- Colours
 def palette_of(classes):
     """VOC's colours, uint8 (256, 3): the bits of a class index, in turn, are the highest bits of
-    red, green and blue. Black is for a background; classes without one begin with the second."""
+    red, green and blue. Without a background class black is skipped."""
     palette = np.zeros((256, 3), np.uint8)
     for c in range(256):
         for bit in range(8):

@@ -23,20 +23,20 @@ GRADIENTS = ("none", "full")
 
 
 class EMAU(nn.Module):
-    """Expectation-maximization attention unit (Sec. 5, Fig. 2). Its output has rank K at most
-    before the last convolution, and it costs N * K where self-attention costs N * N.
+    """Expectation-maximization attention unit (Sec. 5, Fig. 2). It costs N * K where self-attention
+    costs N * N, and before the last convolution its output has at most rank K.
 
     in:  features (B, C, h, w)
     out: features (B, C, h, w)
 
     num_bases: K. iterations: T, the rounds of EM. lam: lambda of Eq. 12, the inverse temperature.
     alpha: the momentum of Eq. 15.
-    base_update: how the initial bases mu^(0), `mu` (1, C, K), are kept (Sec. 5.2): "average" of
-        the training batches, "backprop" as a parameter, or "fixed" at their init.
+    base_update: how the initial bases mu^(0), `mu` (1, C, K), are updated (Sec. 5.2): "average"
+        over the training batches, "backprop" as a parameter, or "fixed" at their init.
     base_norm: what follows each M-step (Sec. 5.3): "l2", "layer" (without gain and bias), "none".
-    gradient: through the rounds of EM, "none" (as released) or "full". The output is the same.
-        "none" leaves conv1 at its init, and is a choice for good: conv1 is frozen here.
-    ValueError for an option that is none of these.
+    gradient: "none" (as released) takes EM as a constant in the backward pass and freezes conv1 at
+        its init; setting the attribute later does not unfreeze it. "full" goes through all rounds.
+    Other options raise ValueError.
     """
 
     def __init__(self, channels, num_bases=64, iterations=3, lam=1.0, alpha=0.9,
@@ -47,7 +47,7 @@ class EMAU(nn.Module):
             if value not in choices:
                 raise ValueError(f"{value!r}: choose one of {choices}")
         if base_update == "backprop" and gradient != "full":
-            raise ValueError("base_update backprop needs gradient full: none reaches mu otherwise")
+            raise ValueError("base_update backprop needs gradient full: mu gets none otherwise")
         if iterations < 1:
             raise ValueError(f"{iterations} EM iterations: there must be at least one")
         self.iterations, self.lam, self.alpha = iterations, lam, alpha
@@ -72,7 +72,7 @@ class EMAU(nn.Module):
     def forward(self, features):  # (B, C, h, w)
         x = self.conv1(features).flatten(2).transpose(1, 2)  # (B, N, C)
         if self.gradient == "none":
-            x = x.detach()                                  # EM is a constant to the backward pass
+            x = x.detach()                                  # backward takes EM as a constant
         with torch.autocast(x.device.type, enabled=False):  # sums over N pixels need float32
             z, mu = self.em(x.to(self.mu.dtype), self.iterations)  # (B, N, K), (B, C, K)
             if self.training and self.base_update == "average":
@@ -84,7 +84,7 @@ class EMAU(nn.Module):
     def em(self, x, iterations):
         """Rounds of EM on the pixels x (B, N, C), from mu^(0). Returns the last round's z (B, N, K)
         and mu (B, C, K)."""
-        mu = self.mu.expand(x.shape[0], -1, -1)  # (B, C, K)
+        mu = self.mu.repeat(x.shape[0], 1, 1)  # (B, C, K)  a copy: update_bases changes self.mu
         for _ in range(iterations):
             z = self.e_step(x, mu)  # (B, N, K)
             mu = self.m_step(x, z)  # (B, C, K)
@@ -94,12 +94,12 @@ class EMAU(nn.Module):
         """Responsibilities (Eqs. 10-12): z_nk = softmax over k of lambda x_n . mu_k."""
         # To change the kernel, change this line. For bases of unit length the Euclidean kernel
         # exp(-lambda |x - mu|^2) gives the same z as the inner product with 2 lambda. But mu^(0),
-        # an average, is shorter than one.
+        # an average, is shorter.
         return torch.softmax(x @ (self.lam * mu), dim=2)  # (B, N, K)  rows sum to one
 
     def m_step(self, x, z):
         """Bases (Eq. 13): means of the pixels weighted by z, then the norm of Sec. 5.3."""
-        # The two 1e-6 are the released code's. They keep a basis without pixels finite.
+        # Both 1e-6 are from the released code. They keep a basis without pixels finite.
         mu = x.transpose(1, 2) @ z / (z.sum(dim=1, keepdim=True) + 1e-6)  # (B, C, K)
         if self.base_norm == "l2":
             mu = mu / (mu.norm(dim=1, keepdim=True) + 1e-6)  # (B, C, K)
@@ -110,7 +110,7 @@ class EMAU(nn.Module):
     @torch.no_grad()
     def update_bases(self, mu):
         """Moving average of mu^(0) (Eq. 15) with the mean of mu^(T) (B, C, K) over the batches of
-        all processes. The mean is exact if these are equally large."""
+        all processes. The mean is exact if all batches have the same size."""
         # differs: the released code does this in its training loop, for one process.
         mean = mu.mean(dim=0, keepdim=True)  # (1, C, K)
         if dist.is_available() and dist.is_initialized():
@@ -128,7 +128,7 @@ class EMANet(nn.Module):
     channels: C of the attention, 512 or 256 in the paper.
     decoder: adds the released code's second 3x3 convolution, which Table 1 does not count.
     attention: "emau", its relatives "nonlocal" and "a2" (extras/relatives.py), or "none".
-    options: the attention's own, by name. It raises TypeError for one that it does not have.
+    options: keyword arguments of the attention. An unknown one raises TypeError.
     """
 
     def __init__(self, num_classes, *, backbone="resnet101", stem="7x7", weights="none",
@@ -140,11 +140,11 @@ class EMANet(nn.Module):
         if decoder:
             self.decoder = nn.Sequential(*conv_bn_relu(channels, 256), nn.Dropout2d(0.1))
         self.classifier = nn.Conv2d(256 if decoder else channels, num_classes, 1)
-        # The attention comes last: with one seed all other weights are the same whatever it is.
+        # The attention is built last, so that one seed gives all kinds the same other weights.
         if attention == "emau":
             self.attention = EMAU(channels, **options)
         elif attention == "none":
-            self.attention = nn.Sequential(**options)       # empty, and it takes no options
+            self.attention = nn.Sequential(**options)       # empty; it rejects any option
         else:
             from extras.relatives import RELATIVES
             self.attention = RELATIVES[attention](channels, **options)
@@ -152,7 +152,7 @@ class EMANet(nn.Module):
     def forward(self, images):  # (B, 3, H, W)
         x = self.attention(self.reduce(self.backbone(images)))  # (B, C, h, w)
         x = self.decoder(x)  # (B, C or 256, h, w)
-        with torch.autocast(x.device.type, enabled=False):  # in bfloat16 classes often tie
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 logits often tie
             logits = self.classifier(x.to(self.classifier.weight.dtype))  # (B, L, h, w)
         return F.interpolate(
             logits, images.shape[2:], mode="bilinear", align_corners=True)  # (B, L, H, W)
@@ -175,8 +175,8 @@ def load_checkpoint(path):
     """The network of a checkpoint, in eval mode on the CPU.
 
     A checkpoint of train.py is the dict {"model": state dict, "network": EMANet's arguments,
-    "dataset": name, "classes": [names]}, and the network gets the last two as attributes. A
-    released checkpoint has the key "net". OSError if the file is none of these.
+    "dataset": name, "classes": [names]}; the last two become attributes of the network. A
+    released checkpoint has the key "net". Any other file raises OSError.
     """
     checkpoint = read_checkpoint(path)
     try:

@@ -4,7 +4,7 @@
     python evaluate.py --ckpt out/voc/model.pth --ms-flip              # six scales, mirrored too
     torchrun --nproc_per_node=4 evaluate.py --ckpt out/voc/model.pth   # on four GPUs
 
-What all scripts share is at the end. Shapes: H x W pixels of an image, L classes.
+Shared helpers are at the end. Shapes: H x W pixels of an image, L classes.
 """
 import argparse
 import math
@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from data import DATASETS, IGNORE, build_dataset, normalise, save_index_png
 from ema import load_checkpoint
 
-TIMEOUT = 600                     # seconds, then a hanging process or worker ends the job
+TIMEOUT = 600                     # seconds until a hanging process or worker ends the job
 MS_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 
 
@@ -55,7 +55,7 @@ def pad(images, stride):
 # ---- The metric
 def confusion_matrix(prediction, label, num_classes):
     """Counts int64 (L, L) of prediction and label (H, W): rows are the label's class, columns the
-    predicted one. Label 255 does not count."""
+    predicted one. Label 255 is ignored."""
     keep = label != IGNORE
     cells = label[keep].long() * num_classes + prediction[keep]  # (pixels that count,)
     return torch.bincount(cells, minlength=num_classes ** 2).view(num_classes, num_classes)
@@ -63,7 +63,7 @@ def confusion_matrix(prediction, label, num_classes):
 
 def scores(confusion):
     """mIoU, pixel accuracy, mean accuracy (0..1) and IoU per class (L,) of a confusion matrix. The
-    IoU of a class that is neither in the labels nor predicted is None and does not count."""
+    IoU of a class that is neither labelled nor predicted is None and does not count."""
     def numbers(values):                                    # JSON has no nan
         return [None if math.isnan(value) else value for value in values.tolist()]
 
@@ -98,7 +98,7 @@ def evaluate(net, data, device, *, ms_flip=False, amp=None, workers=2, save_png=
 
 
 def summary(data, result, ms_flip=False):
-    """The last line of an evaluation, in percent."""
+    """A line about an evaluation, in percent."""
     line = f"eval {data.name} {data.split} {'ms-flip' if ms_flip else 'ss'} | "
     judged, L = sum(iou is not None for iou in result["iou"]), len(data.classes)
     if not judged:
@@ -149,7 +149,7 @@ def open_dataset(args, net):
     """The data set of --dataset, or the network's."""
     data = build_dataset(args.dataset or net.dataset, args.data_root, args.split)
     if data.classes != net.classes:
-        sys.exit(f"error: {args.ckpt} has other classes than {data.name}, or in another order")
+        sys.exit(f"error: {args.ckpt} has other classes than {data.name}, or another order")
     return data
 
 
@@ -169,7 +169,7 @@ def new_folder(path, advice="choose another folder"):
 
 def init_process(name):
     """The device of this process. Under torchrun, which sets LOCAL_RANK, it joins the others and
-    has a GPU of its own."""
+    gets a GPU of its own."""
     local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     device = torch.device("cpu")
     if name == "cuda" or name == "auto" and count:
@@ -205,7 +205,7 @@ def make_loader(data, device, workers, **sampling):
 
 
 def be_quiet(worker):
-    # A worker's errors go to the main process. This hides those of Ctrl-C.
+    # Worker errors reach the main process anyway. This silences those of Ctrl-C.
     sys.excepthook = lambda *error: None
 
 
@@ -217,11 +217,11 @@ def run(main, on_interrupt="stopped"):
         main()
     except KeyboardInterrupt:
         sys.exit(on_interrupt)
-    except OSError as error:             # a worker's comes with a traceback, the message last
+    except OSError as error:             # a worker's error begins with its traceback
         message = str(error).strip().splitlines()[-1]
         sys.exit("error: " + message.split("Error: ", 1)[-1])
     if dist.is_initialized():
-        dist.barrier()                   # gloo of torch 2.10 can hang otherwise
+        dist.barrier()                   # torch 2.10's gloo can hang otherwise
         dist.destroy_process_group()
 
 

@@ -1,4 +1,4 @@
-"""Trains EMANet. Each data set has a recipe, and a flag changes one setting of it.
+"""Trains EMANet. Each data set has a recipe, and flags override its settings.
 
     python train.py                                          # drawn scenes: minutes on any machine
     torchrun --nproc_per_node=4 train.py --dataset voc       # the paper's recipe on four GPUs
@@ -13,7 +13,6 @@ import json
 import os
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -54,7 +53,7 @@ RECIPES = {
     # A smoke test: a small network from scratch, with a large learning rate.
     "scenes": {"backbone": "resnet18", "weights": "none", "output_stride": 8, "channels": 128,
                "crop": 97, "iters": 360, "lr": 0.1}}
-MAY_CHANGE = ("data_root", "workers", "device", "out", "eval_every", "resume")     # by --resume
+MAY_CHANGE = ("data_root", "workers", "device", "out", "eval_every", "resume")     # on --resume
 
 
 def parse_args(argv=None):
@@ -72,8 +71,8 @@ def parse_args(argv=None):
     add("--backbone", choices=RESNETS, help="*")
     add("--stem", choices=("7x7", "deep"), default="7x7", help="deep: the released code's")
     add("--weights", help="of the backbone: imagenet, none or a file *")
-    add("--init", metavar="FILE", help="begin with the network of a checkpoint")
-    add("--output-stride", type=int, choices=(8, 16), help="in training; validation has 8 *")
+    add("--init", metavar="FILE", help="start from the network of a checkpoint")
+    add("--output-stride", type=int, choices=(8, 16), help="in training; validation uses 8 *")
     add("--channels", type=positive, help="of the attention, 512 or 256 in the paper *")
     add("--decoder", action="store_true", help="the released code's second 3x3")
     # attention, and EMAU's options
@@ -90,7 +89,7 @@ def parse_args(argv=None):
     add("--accumulate", type=positive, default=1, help="parts of a batch, to save memory; each "
         "updates BN and the bases, default: 1")
     add("--iters", type=positive, help="iterations *")
-    add("--lr", type=float, help="at the start; it falls by the poly policy *")
+    add("--lr", type=float, help="initial; decays by the poly policy *")
     add("--seed", type=int, default=0, help="of all that is random, default: 0")
     # running
     add("--out", metavar="DIR", help="a new folder, default: out/DATASET")
@@ -113,7 +112,7 @@ def parse_args(argv=None):
 def segmentation_loss(logits, label):
     """Cross entropy of logits (B, L, H, W) and label uint8 (B, H, W), divided by ALL pixels.
 
-    The released code does that, and lr 0.009 was tuned to it. The gradient is the same for any
+    The released code does that, and lr 0.009 was tuned for it. The gradient is the same for any
     number of processes, and 0 for a crop without labels, where a mean would be nan.
     """
     loss = F.cross_entropy(logits, label.long(), ignore_index=IGNORE, reduction="sum")
@@ -128,7 +127,7 @@ def batch_loss(model, batch, device, amp):
 
 
 def build_optimizer(net, lr):
-    """SGD as released: only weights of convolutions and linear layers decay, and biases have twice
+    """SGD as released: only weights of convolutions and linear layers decay, and biases get twice
     the learning rate."""
     weights, scales, biases = [], [], []                    # scales: BN's, and mu by backprop
     for name, p in net.named_parameters():
@@ -141,9 +140,9 @@ def build_optimizer(net, lr):
 
 
 def training_step(model, optimizer, batch, lr, accumulate, device, amp):
-    """One update by a process' share of the batch, in `accumulate` parts. Returns its loss."""
+    """One update from a process's share of the batch, in `accumulate` parts. Returns its loss."""
     model.train()
-    torch.backends.cudnn.benchmark = True                   # crops are all of one size
+    torch.backends.cudnn.benchmark = True                   # all crops have one size
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
     total = 0
@@ -153,7 +152,7 @@ def training_step(model, optimizer, batch, lr, accumulate, device, amp):
         total += loss.detach()
     optimizer.step()
     optimizer.zero_grad()
-    return total                                            # a tensor: nobody waits for the GPU
+    return total                                            # a tensor: no wait for the GPU
 
 
 # ---- The run
@@ -196,6 +195,7 @@ def train(args):
     net.to(device, memory_format=torch.channels_last)
     if world > 1 and device.type == "cuda":                 # torch synchronises BN on GPUs only
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    # `model` trains. `net`, with the same weights, is evaluated and saved.
     model = DistributedDataParallel(net) if world > 1 else net
     optimizer = build_optimizer(net, args.lr)
     if checkpoint:
@@ -228,13 +228,13 @@ def train(args):
             save_checkpoint(facts | state, f"{args.out}/last.pth")
         losses, since = [], time.time()
     where = f"--ckpt {args.out}/model.pth --data-root {args.data_root}"
-    print_on_rank0(f"next: python evaluate.py {where}, or visualize.py {where}")
+    print_on_rank0(f"next: python evaluate.py {where}\n      python visualize.py {where}")
 
 
 def validate(net, val, args, iteration, device, facts):
     """Scores the network at output stride 8 (Sec. 6.1) and writes it to model.pth."""
     if dist.is_initialized():
-        # Without SyncBN statistics differ. Those of rank 0 are scored and saved.
+        # Without SyncBN, statistics differ. Those of rank 0 are scored and saved.
         for buffer in net.buffers():
             dist.broadcast(buffer, 0)
     net.set_output_stride(8)
@@ -248,10 +248,10 @@ def validate(net, val, args, iteration, device, facts):
 
 # ---- Before the first step
 def find_checkpoint(args):
-    """last.pth of the run that --resume continues, or None for a run that begins."""
+    """last.pth of the run that --resume continues, or None for a new run."""
     os.makedirs(args.out, exist_ok=True)
     if not args.resume:
-        new_folder(args.out, "--resume continues its run, --out DIR begins another")
+        new_folder(args.out, "--resume continues its run, --out DIR starts another")
     if not Path(args.out, "last.pth").exists():
         return None
     checkpoint = read_checkpoint(f"{args.out}/last.pth")
@@ -275,21 +275,22 @@ def build_datasets(args, world):
 
 
 def network_arguments(args, num_classes):
-    """EMANet's arguments for the checkpoint: without weights, and as it is evaluated."""
+    """EMANet's arguments for the checkpoint: the output stride is that of evaluation."""
     options = {"num_bases": args.num_bases, "iterations": args.em_iterations, "lam": args.lam,
                "alpha": args.alpha, "base_update": args.base_update, "base_norm": args.base_norm,
                "gradient": args.gradient}
     return {"num_classes": num_classes, "backbone": args.backbone, "stem": args.stem,
             "output_stride": 8, "channels": args.channels, "decoder": args.decoder,
-            "attention": args.attention, **(options if args.attention == "emau" else {})}
+            "attention": args.attention,
+            **{"emau": options, "a2": {"num_bases": args.num_bases}}.get(args.attention, {})}
 
 
 def load_init(net, path, classes):
-    """Begins with the network of a checkpoint. A classifier of other classes begins anew."""
+    """Starts from the network of a checkpoint. A classifier of other classes is a new one."""
     trained, own = load_checkpoint(path), net.state_dict()
     state = trained.state_dict()
     if trained.classes != classes:
-        print_on_rank0(f"{path} has other classes: the classifier begins anew")
+        print_on_rank0(f"{path} has other classes: the classifier is a new one")
         state |= {key: own[key] for key in ("classifier.weight", "classifier.bias")}
     try:
         net.load_state_dict(state)
@@ -299,7 +300,7 @@ def load_init(net, path, classes):
 
 # ---- Files
 def save_checkpoint(checkpoint, path):
-    """Writes a checkpoint whole or not at all: a temporary file, synced, is renamed."""
+    """Writes a checkpoint whole or not at all: a temporary file is synced, then renamed."""
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
@@ -309,12 +310,12 @@ def save_checkpoint(checkpoint, path):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:                # RuntimeError: torch's, on a full disk
         Path(temporary).unlink(missing_ok=True)
-        raise OSError(f"cannot write {path}, is the disk full? --resume continues from the one "
-                      "before") from error
+        raise OSError(f"cannot write {path}, is the disk full? --resume continues from the "
+                      "previous one") from error
 
 
 def log_start(args, data, val, origin, device, amp):
-    """Prints and writes what is needed to repeat the run."""
+    """Logs what is needed to repeat the run."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     facts = {"settings": vars(args), "weights": origin,
              "images": f"{len(data)}, for validation {len(val)}",
@@ -322,12 +323,12 @@ def log_start(args, data, val, origin, device, amp):
                         f"torch {torch.__version__}"}
     for key, value in facts.items():
         print_on_rank0(f"{key}: {value}")
-    # Mode "x" lets one through of two runs that begin in one folder.
+    # Mode "x" stops the second of two runs that start in one folder.
     write_log(args, mode="a" if args.resume else "x", **facts)
 
 
 def log_losses(args, iteration, lr, losses, since, weights):
-    """A line about the latest iterations. It ends the run if the loss or a weight is not finite."""
+    """Logs the latest iterations. Ends the run if the loss or a weight is not finite."""
     loss, seconds = torch.stack(losses).mean(), (time.time() - since) / len(losses)
     if dist.is_initialized():
         dist.all_reduce(loss)
@@ -335,9 +336,9 @@ def log_losses(args, iteration, lr, losses, since, weights):
     if not all(value.isfinite().all() for value in (loss, *weights)):
         sys.exit(f"error: iteration {iteration}: the loss ({loss:.4f}) or a weight is not finite: "
                  "give a lower --lr and another --out")
-    eta = timedelta(seconds=int(seconds * (args.iters - iteration)))
     print_on_rank0(f"iter {iteration:6d}/{args.iters} | loss {loss:.4f} | lr {lr:.2e} | "
-                   f"{1000 * seconds:.0f} ms | eta {eta}")
+                   f"{1000 * seconds:.0f} ms | "
+                   f"eta {seconds * (args.iters - iteration) / 60:.0f} min")
     write_log(args, iteration=iteration, loss=loss.item(), lr=lr, ms=1000 * seconds)
 
 

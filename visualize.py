@@ -3,7 +3,7 @@
     python visualize.py --ckpt out/scenes/model.pth                    # of its data set
     python visualize.py --ckpt model.pth --image holiday.jpg           # your own, or a folder's
 
-Shapes: H x W pixels of an image, T iterations, K bases, h x w features of the image, padded.
+Shapes: H x W pixels of an image, T iterations, K bases, h x w features of the padded image.
 """
 import argparse
 import sys
@@ -25,7 +25,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
 # ---- What the network sees
 @torch.no_grad()
 def responsibilities(net, image):
-    """Those of EMAU after 1 ... T rounds, for an image uint8 (3, H, W): float (K, T, H, W)."""
+    """EMAU's z after 1 ... T rounds, for an image uint8 (3, H, W): float (K, T, H, W)."""
     padded = pad(normalise(image[None]), net.output_stride)  # (1, 3, H', W')
     features, emau = net.reduce(net.backbone(padded)), net.attention  # (1, C, h, w)
     x = emau.conv1(features).flatten(2).transpose(1, 2)  # (1, N, C)
@@ -36,7 +36,7 @@ def responsibilities(net, image):
 
 
 def fullest_bases(z):
-    """The four bases with the most pixels of z (K, T, H, W) at the end. Fig. 5's are random."""
+    """The four bases that win most pixels of z (K, T, H, W) in the last round."""
     pixels = torch.bincount(z[:, -1].argmax(0).flatten(), minlength=len(z))  # (K,)
     return pixels.argsort(descending=True)[:4].tolist()
 
@@ -65,7 +65,7 @@ def overlay(image, label, classes):
     colours = [tuple(palette_of(classes)[c].tolist()) for c in present]
     masks = torch.stack([label == c for c in present])  # (classes present, H, W)
     panel = to_pil_image(draw_segmentation_masks(image, masks, alpha=0.6, colors=colours))
-    # The names have a white rim: some of VOC's colours cannot be read.
+    # White outlines, because some of VOC's colours cannot be read.
     for row, (c, colour) in enumerate(zip(present, colours)):
         ImageDraw.Draw(panel).text(
             (4, 4 + 17 * row), classes[c], colour, ImageFont.load_default(13), stroke_width=2,
@@ -75,15 +75,15 @@ def overlay(image, label, classes):
 
 # ---- The script
 def own_images(path):
-    """Yields name, image uint8 (3, H, W), turned as its EXIF says, and an empty label (H, W)."""
+    """Yields name, image uint8 (3, H, W), rotated as its EXIF says, and an empty label (H, W)."""
     files = [Path(path)]
     if files[0].is_dir():
         files = sorted(file for file in files[0].glob("[!.]*") if file.suffix.lower() in SUFFIXES)
     if not files:
-        raise FileNotFoundError(f"{path}: it holds none of {SUFFIXES}")
+        raise FileNotFoundError(f"{path}: no file ends in one of {SUFFIXES}")
     for file in files:
         image = to_pil_image(read_image(file, exif=True))
-        image.thumbnail((513, 513))                         # as in training
+        image.thumbnail((513, 513))                         # about as large as in training
         image = pil_to_tensor(image)  # (3, H, W)
         yield file.name, image, torch.full_like(image[0], IGNORE)
 
@@ -114,7 +114,7 @@ def main(argv=None):
         data = open_dataset(args, net)
         images = ((name, *data[i]) for i, name in enumerate(data.ids[:args.count]))
     out = Path(args.out or Path(args.ckpt).parent / "pictures")
-    if args.out:                                            # the default may exist
+    if args.out:                                            # the default may be reused
         new_folder(out)
     device = init_process(args.device)
     net.to(device, memory_format=torch.channels_last)
@@ -125,7 +125,7 @@ def main(argv=None):
             z = responsibilities(net, image.to(device))  # (K, T, H, W)
             bases = args.bases or fullest_bases(z)
             if not set(bases) <= set(range(len(z))):
-                sys.exit(f"error: --bases: there are 0 to {len(z) - 1}")
+                sys.exit(f"error: --bases: choose from 0 to {len(z) - 1}")
             maps = z[bases]  # (bases, T, H, W)
         path = out / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
