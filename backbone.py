@@ -25,7 +25,7 @@ class DilatedResNet(nn.Module):
 
     Another backbone can take this one's place in EMANet. It needs the attributes `out_channels`
     (C), `output_stride` and `weights_origin` (text to log), the method
-    `set_output_stride(8 or 16)`, and features of the size above.
+    `set_output_stride(8 or 16)`, these arguments, and features of the size above.
     """
 
     def __init__(self, name="resnet101", stem="7x7", weights="none", output_stride=8):

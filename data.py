@@ -60,7 +60,8 @@ class SegmentationDataset(Dataset):
         if (label == ILLEGAL).any():
             value = raw[label == ILLEGAL][0]
             raise OSError(f"{path}: label value {value} does not occur in {self.name}, which has "
-                          f"{len(self.classes)} classes: is it another data set's file?")
+                          f"{len(self.classes)} classes from 0 on: does classes.txt lack "
+                          "background, or is it another data set's file?")
         return image, torch.from_numpy(label)
 
 
@@ -213,7 +214,8 @@ def read_label(path):
     except Exception as error:                              # and scipy, too
         raise OSError(f"{path}: not a label file, or damaged ({error}): replace it") from error
     if kind not in ("mat", "PNG P", "PNG L", "PNG 1"):
-        raise OSError(f"{path}: {kind}: a label must be a PNG of class indices, palette or gray")
+        raise OSError(f"{path}: {kind}: a label must be a PNG of class indices, palette or 8-bit "
+                      "gray")
     return raw.astype(np.uint16)                            # ids reach 459; some .mat hold doubles
 
 

@@ -142,6 +142,8 @@ def main(argv=None):
                       workers=args.workers, save_png=args.save_png)
     for name, iou in zip(data.classes, result["iou"]):
         print_on_rank0(f"  {name:20s} {'absent' if iou is None else f'{100 * iou:.2f}':>6s}")
+    if args.save_png:
+        print_on_rank0(f"wrote {len(data)} PNGs to {args.save_png}")
     print_on_rank0(summary(data, result, args.ms_flip))
 
 
@@ -205,7 +207,7 @@ def make_loader(data, device, workers, **sampling):
 
 
 def be_quiet(worker):
-    # Worker errors reach the main process anyway. This silences those of Ctrl-C.
+    # Worker errors reach the main process anyway. This silences Ctrl-C's.
     sys.excepthook = lambda *error: None
 
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
 
-from data import IGNORE, build_dataset
+from data import DATASETS, IGNORE, build_dataset
 from evaluate import new_folder, positive, run
 from visualize import overlay
 
@@ -25,15 +25,15 @@ OFFICIAL = {  # images of each list, as the authors count them. The first two li
     "voc": {"train": 1464, "val": 1449, "trainval": 2913, "trainaug": 10582, "test": 1456},
     "context": CONTEXT, "context60": CONTEXT,
     "cocostuff": {"train": 9000, "test": 1000, "all": 10000},
-    "cocostuff164k": COCO_2017, "coco2voc": COCO_2017,
-    "folder": {"train": None, "val": None}}
+    "cocostuff164k": COCO_2017, "coco2voc": COCO_2017}
 
 
 def check(name, root, count, out):
     """Prints what it finds in a copy of a data set. Returns the faults."""
     print(f"{name} in {root}")
-    faults, needed, sheet = [], list(OFFICIAL[name])[:2], None
-    for split, official in OFFICIAL[name].items():
+    lists, sheet = OFFICIAL.get(name, {"train": None, "val": None}), None
+    faults, needed = [], list(lists)[:2]
+    for split, official in lists.items():
         print(f"  {split}")
         try:
             data = build_dataset(name, root, split)
@@ -106,7 +106,8 @@ def print_classes(classes, counts):
         print(f"    without a pixel in these pairs: {', '.join(absent)}")
     if len(absent) < len(classes) - 1:
         return []
-    advice = ": are the masks drawn with 0 and 255? 255 is ignored" if len(classes) == 2 else ""
+    advice = ("" if len(classes) > 2 else ": are the masks drawn with 0 and 255? 255 is ignored: "
+              "write the object as 1, and background first into classes.txt")
     return [f"{len(classes) - len(absent)} of {len(classes)} classes occur{advice}"]
 
 
@@ -128,14 +129,17 @@ def main(argv=None):
         usage="check_data.py --dataset NAME [flags, see --help]", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--dataset", choices=OFFICIAL, required=True)
+    add("--dataset", choices=DATASETS, required=True)
     add("--data-root", default="datasets", help="folder of the data set, default: datasets")
     add("--count", type=positive, default=100, help="random pairs of each list, default: 100")
     add("--all", action="store_true", help="read every pair")
-    add("--out", type=Path, default="out/check", help="a new folder, default: out/check")
+    add("--out", type=Path, help="a new folder; default: out/check, which is written again")
     args = parser.parse_args(argv)
-    new_folder(args.out, "give another --out")
-    faults = check(args.dataset, args.data_root, None if args.all else args.count, args.out)
+    out = args.out or Path("out/check")
+    out.mkdir(parents=True, exist_ok=True)
+    if args.out:
+        new_folder(args.out, "give another --out")
+    faults = check(args.dataset, args.data_root, None if args.all else args.count, out)
     if faults:
         sys.exit(f"error: {len(faults)} fault{'s' * (len(faults) > 1)} in {args.data_root}")
 

@@ -154,7 +154,7 @@ BROKEN = {  # file, what is done to it, what the line must say
     "RGB label": (LABEL, Image.new("RGB", SIZE).save, "train3.png: PNG RGB: a label"),
     "JPEG as label": (LABEL, partial(shutil.copy, f"root/{IMAGE}"), "png: JPEG RGB: a label"),
     "value too large": (LABEL, Image.new("L", SIZE, 3).save, "train3.png: label value 3 "),
-    "another size": (LABEL, Image.new("L", (40, 50)).save, "png: the label is of (50, 40) pixels"),
+    "another size": (LABEL, Image.new("L", (40, 50)).save, "png: the label is (50, 40) pixels"),
     "another data set's .mat": (MAT, lambda file: savemat(file, {"S": np.full((40, 50), 200)}),
                                 "train3.mat: label value 200 "),
     ".mat without a label": (MAT, lambda file: savemat(file, {"X": 1}), "mat: not a label file")}
