@@ -54,9 +54,9 @@ class DilatedResNet(nn.Module):
         if output_stride not in (8, 16):
             raise ValueError(f"output stride {output_stride}: it must be 8 or 16")
         self.output_stride = output_stride
-        # Each removed stride doubles all later rates. In layer4 the multi-grid 1, 2, 4 multiplies
-        # them (Sec. 6.1). As in torchvision, a layer's first block keeps the previous rate.
         # S = 8: layer3 1, 2, 2 ..., layer4 2, 8, 16. S = 16: layer3 1, 1 ..., layer4 1, 4, 8.
+        # A removed stride doubles later rates, and in layer4 the multi-grid 1, 2, 4 multiplies them
+        # (Sec. 6.1). As in torchvision, a layer's first block keeps the previous rate.
         rate = 16 // output_stride
         set_rates(self.layer3, [1] + [rate] * (len(self.layer3) - 1), stride=output_stride // 8)
         set_rates(self.layer4, [rate, 4 * rate, 8 * rate], stride=1)

@@ -78,11 +78,12 @@ def voc(name, root, split):
     base = root / "VOCdevkit/VOC2012"
     lists, sbd = base / "ImageSets/Segmentation", root / "benchmark_RELEASE/dataset"
     if split == "trainaug" and sbd.is_dir():
-        # VOC train and what SBD adds to it. SBD holds images of VOC val, which must not leak.
+        # VOC train and what SBD adds to it, without SBD's images of VOC val.
         train, val = read_list(lists / "train.txt"), read_list(lists / "val.txt")
         both = read_list(sbd / "train.txt") + read_list(sbd / "val.txt")
         added = sorted(set(both) - set(train) - set(val))
-        ids, labels = train + added, find_files(base / "SegmentationClass", train, ".png")
+        ids = train + added
+        labels = find_files(base / "SegmentationClass", train, ".png")
         labels += find_files(sbd / "cls", added, ".mat")
     elif split == "trainaug":
         if not (lists / "trainaug.txt").exists():
@@ -104,11 +105,12 @@ def context(name, root, split):
     ids = read_list(base / f"ImageSets/Main/{split}.txt")   # the lists for detection
     images = find_files(base / "JPEGImages", ids, ".jpg")
     labels = find_files(root / "trainval", ids, ".mat")
-    others, first = (["other"], 1) if name == "context60" else ([], 0)
-    to_class = {raw: 0 if others else IGNORE for raw in range(460)}
-    to_class |= {raw: c for c, raw in enumerate(CONTEXT_IDS, first)}
-    return SegmentationDataset(
-        name, split, others + CONTEXT_CLASSES, to_class, ids, images, labels)
+    if name == "context60":
+        classes, to_class = ["other", *CONTEXT_CLASSES], {raw: 0 for raw in range(460)}
+    else:
+        classes, to_class = CONTEXT_CLASSES, {raw: IGNORE for raw in range(460)}
+    to_class |= {raw: c for c, raw in enumerate(CONTEXT_IDS, len(classes) - 59)}
+    return SegmentationDataset(name, split, classes, to_class, ids, images, labels)
 
 
 def cocostuff(name, root, split):
@@ -187,12 +189,12 @@ def find_files(folder, ids, *suffixes, optional=False):
 
 
 def read_image(path, exif=False):
-    """An image file as uint8 (3, H, W). exif: apply its EXIF rotation, which labels lack."""
+    """An image file as uint8 (3, H, W). exif: apply its EXIF rotation; labels have none."""
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file) if exif else file
             mode, rgb = file.mode, pil_to_tensor(image.convert("RGB"))  # (3, H, W)
-    except Exception as error:                              # Pillow raises many kinds
+    except Exception as error:                              # Pillow raises anything
         raise OSError(f"{path}: not an image, or damaged ({error}): replace it") from error
     if mode[0] in "IF":                                     # Pillow has clipped high values
         raise OSError(f"{path}: gray of more than 8 bits: save it with 8")
@@ -211,7 +213,7 @@ def read_label(path):
         else:
             with Image.open(path) as file:
                 kind, raw = f"{file.format} {file.mode}", np.array(file)  # (H, W)
-    except Exception as error:                              # and scipy, too
+    except Exception as error:                              # and so does scipy
         raise OSError(f"{path}: not a label file, or damaged ({error}): replace it") from error
     if kind not in ("mat", "PNG P", "PNG L", "PNG 1"):
         raise OSError(f"{path}: {kind}: a label must be a PNG of class indices, palette or 8-bit "
@@ -252,11 +254,11 @@ class TrainView(Dataset):
 
     def window(self, rng, length, scale):
         """One side of the window: its start, its length, and its length after scaling."""
-        # Odd lengths, because nearest pixels of even ones would shift labels by half a pixel.
+        # Odd lengths: even ones shift the labels' nearest pixels by half a pixel.
         part = self.crop if scale == 1 else round(self.crop / scale) | 1
         if part <= length:
             return rng.integers(length - part + 1), part, self.crop
-        part = length if scale == 1 else (length - 1) | 1   # a small image, without one row
+        part = length if scale == 1 else (length - 1) | 1   # a small image loses an even row
         return 0, part, min(self.crop, max(2, round(length * scale)))
 
 

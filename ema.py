@@ -57,8 +57,8 @@ class EMAU(nn.Module):
         self.conv1 = nn.Conv2d(channels, channels, 1)
         self.conv2 = nn.Sequential(
             nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels))
-        # The released init. conv1's scale acts as a temperature: torch's default is so small that
-        # z is nearly uniform.
+        # The released init. conv1's scale acts as a temperature, and torch's smaller default makes
+        # z nearly uniform.
         nn.init.kaiming_normal_(self.conv1.weight)          # deviation sqrt(2 / C)
         nn.init.kaiming_normal_(self.conv2[0].weight)
         # DistributedDataParallel would wait for a gradient that never comes.
@@ -93,8 +93,8 @@ class EMAU(nn.Module):
     def e_step(self, x, mu):
         """Responsibilities (Eqs. 10-12): z_nk = softmax over k of lambda x_n . mu_k."""
         # To change the kernel, change this line. For bases of unit length the Euclidean kernel
-        # exp(-lambda |x - mu|^2) gives the same z as the inner product with 2 lambda. But mu^(0),
-        # an average, is shorter.
+        # exp(-lambda |x - mu|^2) gives the same z as the inner product with 2 lambda. mu^(0), an
+        # average, is shorter, so the first round differs.
         return torch.softmax(x @ (self.lam * mu), dim=2)  # (B, N, K)  rows sum to one
 
     def m_step(self, x, z):
@@ -140,7 +140,7 @@ class EMANet(nn.Module):
         if decoder:
             self.decoder = nn.Sequential(*conv_bn_relu(channels, 256), nn.Dropout2d(0.1))
         self.classifier = nn.Conv2d(256 if decoder else channels, num_classes, 1)
-        # The attention is built last, so that one seed gives all kinds the same other weights.
+        # Built last, so that one seed initialises everything else alike for all kinds.
         if attention == "emau":
             self.attention = EMAU(channels, **options)
         elif attention == "none":
@@ -187,5 +187,7 @@ def load_checkpoint(path):
         net.load_state_dict(checkpoint["model"])
         net.dataset, net.classes = checkpoint["dataset"], checkpoint["classes"]
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise OSError(f"{path}: not a checkpoint of train.py or the released code") from error
+        reason = " ".join(str(error).split())[:200]
+        raise OSError(f"{path}: not a checkpoint of train.py or the released code, or this code "
+                      f"builds another network ({reason})") from error
     return net.eval()

@@ -207,7 +207,7 @@ def make_loader(data, device, workers, **sampling):
 
 
 def be_quiet(worker):
-    # Worker errors reach the main process anyway. This silences Ctrl-C's.
+    # Worker errors reach the main process. This silences Ctrl-C's.
     sys.excepthook = lambda *error: None
 
 
@@ -219,11 +219,13 @@ def run(main, on_interrupt="stopped"):
         main()
     except KeyboardInterrupt:
         sys.exit(on_interrupt)
-    except OSError as error:             # a worker's error begins with its traceback
-        message = str(error).strip().splitlines()[-1]
-        sys.exit("error: " + message.split("Error: ", 1)[-1])
+    except OSError as error:
+        message = str(error)
+        if "Traceback" in message:       # of a worker
+            message = message.strip().splitlines()[-1].split("Error: ", 1)[-1]
+        sys.exit(f"error: {message}")
     if dist.is_initialized():
-        dist.barrier()                   # torch 2.10's gloo can hang otherwise
+        dist.barrier()                   # torch 2.10 can hang otherwise
         dist.destroy_process_group()
 
 

@@ -69,7 +69,8 @@ def parse_args(argv=None):
     add("--workers", type=int, default=2, help="for each process, default: 2")
     # network
     add("--backbone", choices=RESNETS, help="*")
-    add("--stem", choices=("7x7", "deep"), default="7x7", help="deep: the released code's")
+    add("--stem", choices=("7x7", "deep"), default="7x7",
+        help="deep: the released code's, from resnet50 on")
     add("--weights", help="of the backbone: imagenet, none or a file *")
     add("--init", metavar="FILE", help="start from the network of a checkpoint")
     add("--output-stride", type=int, choices=(8, 16), help="in training; validation uses 8 *")
@@ -129,11 +130,14 @@ def batch_loss(model, batch, device, amp):
 def build_optimizer(net, lr):
     """SGD as released: only weights of convolutions and linear layers decay, and biases get twice
     the learning rate."""
-    weights, scales, biases = [], [], []                    # scales: BN's, and mu by backprop
+    weights, scales, biases = [], [], []
     for name, p in net.named_parameters():
-        if p.requires_grad:
-            kind = biases if name.endswith("bias") else weights if p.ndim in (2, 4) else scales
-            kind.append(p)
+        if name.endswith("bias"):
+            biases.append(p)
+        elif p.ndim in (2, 4):
+            weights.append(p)
+        else:                                               # BN's weights, and mu by backprop
+            scales.append(p)
     return torch.optim.SGD([{"params": weights, "lr_scale": 1, "weight_decay": 1e-4},
                             {"params": scales, "lr_scale": 1},
                             {"params": biases, "lr_scale": 2}], lr, momentum=0.9)
@@ -164,8 +168,8 @@ def train(args):
     rank, world = rank_and_world()
     if world > 1:
         starts = torch.tensor([start, -start], device=device)
-        dist.all_reduce(starts, dist.ReduceOp.MAX)          # the largest start, minus the smallest
-        if starts.sum():
+        dist.all_reduce(starts, dist.ReduceOp.MAX)
+        if starts.sum():                                    # the largest, minus the smallest
             sys.exit(f"error: processes found different checkpoints: all must share {args.out}")
     if start == args.iters:
         return print_on_rank0(f"the run in {args.out} is complete")
@@ -200,7 +204,8 @@ def train(args):
     optimizer = build_optimizer(net, args.lr)
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
-        checkpoint, origin = None, f"of iteration {start}"  # frees its memory
+        origin = f"of iteration {start}"
+        checkpoint = None                                   # frees its memory
 
     amp = pick_amp(args.amp, device)
     log_start(args, data, val, origin, device, amp)
@@ -234,7 +239,7 @@ def train(args):
 def validate(net, val, args, iteration, device, facts):
     """Scores the network at output stride 8 (Sec. 6.1) and writes it to model.pth."""
     if dist.is_initialized():
-        # Without SyncBN, statistics differ. Those of rank 0 are scored and saved.
+        # Without SyncBN, statistics differ: rank 0's are scored and saved.
         for buffer in net.buffers():
             dist.broadcast(buffer, 0)
     net.set_output_stride(8)
@@ -275,7 +280,7 @@ def build_datasets(args, world):
 
 
 def network_arguments(args, num_classes):
-    """EMANet's arguments for the checkpoint: the output stride is that of evaluation."""
+    """EMANet's arguments as they are saved; output_stride is that of evaluation."""
     options = {"num_bases": args.num_bases, "iterations": args.em_iterations, "lam": args.lam,
                "alpha": args.alpha, "base_update": args.base_update, "base_norm": args.base_norm,
                "gradient": args.gradient}

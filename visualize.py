@@ -65,7 +65,7 @@ def overlay(image, label, classes):
     colours = [tuple(palette_of(classes)[c].tolist()) for c in present]
     masks = torch.stack([label == c for c in present])  # (classes present, H, W)
     panel = to_pil_image(draw_segmentation_masks(image, masks, alpha=0.6, colors=colours))
-    # White outlines, because some of VOC's colours cannot be read.
+    # White outlines: some of VOC's colours cannot be read alone.
     for row, (c, colour) in enumerate(zip(present, colours)):
         ImageDraw.Draw(panel).text(
             (4, 4 + 17 * row), classes[c], colour, ImageFont.load_default(13), stroke_width=2,

@@ -209,16 +209,17 @@ def print_table(what, lines):
     arms, lrs, seeds = TABLES[what]
     rounds = ROUNDS if what.startswith("Fig.") else ()
     heads = "".join(f"  T={T:2d}" for T in rounds)
-    print(f"{what:44s}runs   mean   dev.  - control  error{heads}")
+    print(f"{what:62s}runs   mean   dev.  - control  error{heads}")
     for lr, arm in itertools.product(lrs, arms):
         values = found(lines, arm, lr, seeds)  # (seeds,)
         runs = np.isfinite(values).sum()
-        row = f"{arm + f', lr {lr}':44s}{runs:4d}" + (f"{np.nanmean(values):7.2f}" if runs else "")
+        row = f"{arm + f', lr {lr}':62s}{runs:4d}" + (f"{np.nanmean(values):7.2f}" if runs else "")
         if runs > 1:
             row += f"{np.nanstd(values, ddof=1):7.2f}"
             pairs = values - found(lines, "control", lr, seeds)  # (seeds,)
             pairs = pairs[np.isfinite(pairs)]
-            row += f"{pairs.mean():+11.2f}{pairs.std(ddof=1) / len(pairs) ** 0.5:7.2f}"
+            if len(pairs) > 1:
+                row += f"{pairs.mean():+11.2f}{pairs.std(ddof=1) / len(pairs) ** 0.5:7.2f}"
         if runs:
             row += "".join(f"{np.nanmean(found(lines, arm, lr, seeds, T)):6.1f}" for T in rounds)
         print(row if runs else f"{row}  not run")
