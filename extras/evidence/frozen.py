@@ -2,7 +2,7 @@
 
     python -m extras.evidence.frozen features --data-root DIR --weights FILE   # once, 20 minutes
     python -m extras.evidence.frozen run --part 0           # the even runs; --part 1: the odd ones
-    python -m extras.evidence.frozen run --only "emau gradient=full, lr 0.03, seed 0"
+    python -m extras.evidence.frozen run --only "emau gradient=full, lr 0.03, seed 0"     # again
     python -m extras.evidence.frozen table
 
 Each run becomes a line of frozen.jsonl; what has a line is not run again. README.md beside this
@@ -163,47 +163,40 @@ def judge(head, store):
 
 
 def run_all(part, only):
-    store, began = torch.load(STORE), time.time()
+    store = torch.load(STORE)
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, check=False,
                             capture_output=True, text=True).stdout.strip()
-    for name in [only] if only else all_runs()[part::2]:
-        if name in read_lines() and not only:
-            continue
+    for name in [only] if only else [n for n in all_runs()[part::2] if n not in read_scores()]:
         began = time.time()
         arm, lr, seed = name.replace("lr ", "").replace("seed ", "").split(", ")
         head = build_head(arm, int(seed))
         train_head(head, store, float(lr), int(seed))
         line = {"name": name, "iou": judge(head, store), "seconds": round(time.time() - began),
                 "commit": commit, "torch": torch.__version__}
-        print(f"{name}: {score(line['iou'])}, {line['seconds']} s", flush=True)
-        if not only:
-            with open(HERE / "frozen.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
+        with open(HERE / ("frozen.jsonl" if not only else "frozen_again.jsonl"), "a") as file:
+            print(json.dumps(line), file=file)
+        print(f"{name}: {line['seconds']} s", flush=True)
 
 
 # ---- Tables
-def read_lines():
-    """{name of a run: its line}, of the runs that there are."""
+def read_scores():
+    """{name of a run: {T: mean IoU of the nine classes, in %}}, of the runs that there are."""
     path = HERE / "frozen.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
-    return {line["name"]: line for line in map(json.loads, lines)}
+    return {line["name"]: {int(T): 100 * np.mean([iou[c] for c in NINE])
+                           for T, iou in line["iou"].items()} for line in map(json.loads, lines)}
 
 
-def score(iou):
-    """{T: mean IoU of the nine classes, in %}."""
-    return {int(T): 100 * float(np.mean([values[c] for c in NINE])) for T, values in iou.items()}
-
-
-def found(lines, arm, lr, seeds, T=None):
+def found(scores, arm, lr, seeds, T=None):
     """Mean IoU of each seed (seeds,), with T rounds or as many as in training; nan if not run."""
     if T is None:
         T = 0 if "emau" not in arm else int(dict(
             word.split("=") for word in arm.split()[1:]).get("iterations", 3))
     names = [name_of(arm, lr, seed) for seed in range(seeds)]
-    return np.array([score(lines[n]["iou"])[T] if n in lines else np.nan for n in names])
+    return np.array([scores[name][T] if name in scores else np.nan for name in names])
 
 
-def print_table(what, lines):
+def print_table(what, scores):
     """Mean, deviation, and the mean difference from the control with the same seed and its error;
     for Figs. 3 and 4 mean IoU by T in evaluation as well."""
     arms, lrs, seeds = TABLES[what]
@@ -211,17 +204,17 @@ def print_table(what, lines):
     heads = "".join(f"  T={T:2d}" for T in rounds)
     print(f"{what:62s}runs   mean   dev.  - control  error{heads}")
     for lr, arm in itertools.product(lrs, arms):
-        values = found(lines, arm, lr, seeds)  # (seeds,)
+        values = found(scores, arm, lr, seeds)  # (seeds,)
         runs = np.isfinite(values).sum()
         row = f"{arm + f', lr {lr}':62s}{runs:4d}" + (f"{np.nanmean(values):7.2f}" if runs else "")
         if runs > 1:
             row += f"{np.nanstd(values, ddof=1):7.2f}"
-            pairs = values - found(lines, "control", lr, seeds)  # (seeds,)
+            pairs = values - found(scores, "control", lr, seeds)  # (seeds,)
             pairs = pairs[np.isfinite(pairs)]
             if len(pairs) > 1:
                 row += f"{pairs.mean():+11.2f}{pairs.std(ddof=1) / len(pairs) ** 0.5:7.2f}"
         if runs:
-            row += "".join(f"{np.nanmean(found(lines, arm, lr, seeds, T)):6.1f}" for T in rounds)
+            row += "".join(f"{np.nanmean(found(scores, arm, lr, seeds, T)):6.1f}" for T in rounds)
         print(row if runs else f"{row}  not run")
     print()
 
@@ -233,7 +226,7 @@ def main(argv=None):
     parser.add_argument("--data-root", default="datasets", help="of VOC at 320 pixels")
     parser.add_argument("--weights", help="ResNet-50's ImageNet weights, a file")
     parser.add_argument("--part", type=int, choices=(0, 1), default=0, help="half of the runs")
-    parser.add_argument("--only", help="one run by its name, without a line in frozen.jsonl")
+    parser.add_argument("--only", help="one run by its name, into frozen_again.jsonl")
     args = parser.parse_args(argv)
     if args.do == "features":
         make_features(args.data_root, args.weights)
@@ -241,7 +234,7 @@ def main(argv=None):
         run_all(args.part, args.only)
     else:
         for what in TABLES:
-            print_table(what, read_lines())
+            print_table(what, read_scores())
 
 
 if __name__ == "__main__":
