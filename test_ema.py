@@ -625,7 +625,7 @@ def test_scripts_work_together(folder_root, tmp_path):
     out = printed(f"{train.__file__} {TRAIN} --iters 2 --data-root {folder_root}")
     assert "machine: 2 x cpu" in out and out.count("iter      2/2") == 1
     line = f"--ckpt out/folder/model.pth --data-root {folder_root}"
-    assert f"evaluate.py {line}" in out and f"visualize.py {line}" in out
+    assert f"evaluate.py {line}" in out
     last = f"eval folder val ss | {validation(tmp_path / 'out/folder')} | 5 images"
     assert printed(f"{evaluate.__file__} {line} --save-png png").count(last) == 1
     assert len([*(tmp_path / "png").rglob("*.png")]) == 5

@@ -95,7 +95,7 @@ def parse_args(argv=None):
     # running
     add("--out", metavar="DIR", help="a new folder, default: out/DATASET")
     add("--resume", action="store_true", help="continue the run in --out, if there is one")
-    add("--eval-every", type=positive, help="iterations, default: a tenth of --iters")
+    add("--eval-every", type=positive, help="default: a tenth of --iters")
     add("--amp", choices=("auto", "bf16", "off"), default="auto", help="auto: bf16 where fast")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto")
     args = parser.parse_args(argv)
@@ -183,19 +183,7 @@ def train(args):
 
     # network and optimiser
     torch.manual_seed(args.seed)
-    arguments = network_arguments(args, len(data.classes))
-    net = EMANet(**arguments, weights="none" if checkpoint or args.init else args.weights)
-    origin = args.init or net.backbone.weights_origin
-    net.set_output_stride(args.output_stride)
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            # differs: the released 3e-4 is 9 / 30,000 and leaves exp(-9) of the statistics' init.
-            # A shorter run has to move them faster.
-            module.momentum = min(0.1, max(3e-4, 9 / args.iters))
-    if checkpoint:
-        net.load_state_dict(checkpoint["model"])
-    elif args.init:
-        load_init(net, args.init, data.classes)
+    net, facts = build_network(args, checkpoint, data.classes)
     net.to(device, memory_format=torch.channels_last)
     if world > 1 and device.type == "cuda":                 # torch synchronises BN on GPUs only
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
@@ -204,12 +192,10 @@ def train(args):
     optimizer = build_optimizer(net, args.lr)
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
-        origin = f"of iteration {start}"
         checkpoint = None                                   # frees its memory
 
     amp = pick_amp(args.amp, device)
-    log_start(args, data, val, origin, device, amp)
-    facts = {"network": arguments, "dataset": data.name, "classes": data.classes}
+    log_start(args, data, val, net, start, device, amp)
     log_every = max(1, min(50, args.iters // 50))
     save_every = min(500, max(50, args.iters // 10))
     losses, since = [], time.time()
@@ -232,8 +218,8 @@ def train(args):
                      "iteration": iteration, "args": vars(args)}
             save_checkpoint(facts | state, f"{args.out}/last.pth")
         losses, since = [], time.time()
-    where = f"--ckpt {args.out}/model.pth --data-root {args.data_root}"
-    print_on_rank0(f"next: python evaluate.py {where}\n      python visualize.py {where}")
+    print_on_rank0(
+        f"next: python evaluate.py --ckpt {args.out}/model.pth --data-root {args.data_root}")
 
 
 def validate(net, val, args, iteration, device, facts):
@@ -256,7 +242,7 @@ def find_checkpoint(args):
     """last.pth of the run that --resume continues, or None for a new run."""
     os.makedirs(args.out, exist_ok=True)
     if not args.resume:
-        new_folder(args.out, "--resume continues its run, --out DIR starts another")
+        new_folder(args.out, "--resume continues its run, --out starts another")
     if not Path(args.out, "last.pth").exists():
         return None
     checkpoint = read_checkpoint(f"{args.out}/last.pth")
@@ -279,15 +265,27 @@ def build_datasets(args, world):
     return data, build_dataset(args.dataset, args.data_root)
 
 
-def network_arguments(args, num_classes):
-    """EMANet's arguments as they are saved; output_stride is that of evaluation."""
+def build_network(args, checkpoint, classes):
+    """The network, and what its checkpoints say of it; the output stride there is evaluation's."""
     options = {"num_bases": args.num_bases, "iterations": args.em_iterations, "lam": args.lam,
                "alpha": args.alpha, "base_update": args.base_update, "base_norm": args.base_norm,
                "gradient": args.gradient}
-    return {"num_classes": num_classes, "backbone": args.backbone, "stem": args.stem,
-            "output_stride": 8, "channels": args.channels, "decoder": args.decoder,
-            "attention": args.attention,
-            **{"emau": options, "a2": {"num_bases": args.num_bases}}.get(args.attention, {})}
+    options = {"emau": options, "a2": {"num_bases": args.num_bases}}.get(args.attention, {})
+    arguments = {"num_classes": len(classes), "backbone": args.backbone, "stem": args.stem,
+                 "output_stride": 8, "channels": args.channels, "decoder": args.decoder,
+                 "attention": args.attention, **options}
+    net = EMANet(**arguments, weights="none" if checkpoint or args.init else args.weights)
+    net.set_output_stride(args.output_stride)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            # differs: the released 3e-4 is 9 / 30,000 and leaves exp(-9) of the statistics' init.
+            # A shorter run has to move them faster.
+            module.momentum = min(0.1, max(3e-4, 9 / args.iters))
+    if checkpoint:
+        net.load_state_dict(checkpoint["model"])
+    elif args.init:
+        load_init(net, args.init, classes)
+    return net, {"network": arguments, "dataset": args.dataset, "classes": classes}
 
 
 def load_init(net, path, classes):
@@ -319,9 +317,10 @@ def save_checkpoint(checkpoint, path):
                       "previous one") from error
 
 
-def log_start(args, data, val, origin, device, amp):
+def log_start(args, data, val, net, start, device, amp):
     """Logs what is needed to repeat the run."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    origin = f"of iteration {start}" if start else args.init or net.backbone.weights_origin
     facts = {"settings": vars(args), "weights": origin,
              "images": f"{len(data)}, for validation {len(val)}",
              "machine": f"{rank_and_world()[1]} x {name}, {'bfloat16' if amp else 'float32'}, "
@@ -333,7 +332,7 @@ def log_start(args, data, val, origin, device, amp):
 
 
 def log_losses(args, iteration, lr, losses, since, weights):
-    """Logs the latest iterations. Ends the run if the loss or a weight is not finite."""
+    """Logs the latest iterations. Ends the run if loss or weights are not finite."""
     loss, seconds = torch.stack(losses).mean(), (time.time() - since) / len(losses)
     if dist.is_initialized():
         dist.all_reduce(loss)

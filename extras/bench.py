@@ -16,7 +16,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from data import IGNORE, TrainView, normalise, schedule
-from ema import EMANet
 from evaluate import init_process, make_loader, pick_amp, predict, run
 
 
@@ -26,8 +25,8 @@ class Ours:
 
     def __init__(self, args, data, device, amp):
         self.args, self.device, self.amp = args, device, amp
-        self.net = EMANet(**train.network_arguments(args, len(data.classes)))
-        self.net.set_output_stride(args.output_stride)
+        args.weights, args.init = "none", None
+        self.net, _ = train.build_network(args, None, data.classes)
         self.net.to(device, memory_format=self.memory_format)
         self.optimizer = train.build_optimizer(self.net, 1e-6)
         self.crops = self.view(data, args.crop, args.seed)
