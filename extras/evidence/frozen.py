@@ -213,8 +213,8 @@ def print_table(what, scores):
             pairs = pairs[np.isfinite(pairs)]
             if len(pairs) > 1:
                 row += f"{pairs.mean():+11.2f}{pairs.std(ddof=1) / len(pairs) ** 0.5:7.2f}"
-        if runs:
-            row += "".join(f"{np.nanmean(found(scores, arm, lr, seeds, T)):6.1f}" for T in rounds)
+        for T in rounds if runs else ():
+            row = f"{row:98s}{np.nanmean(found(scores, arm, lr, seeds, T)):6.1f}"
         print(row if runs else f"{row}  not run")
     print()
 
