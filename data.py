@@ -56,7 +56,7 @@ class SegmentationDataset(Dataset):
         if raw.shape != image.shape[1:]:
             raise OSError(f"{path}: the label is {raw.shape} pixels, its image "
                           f"{tuple(image.shape[1:])}")
-        label = self.table[raw]  # (H, W)
+        label = self.table.take(raw)  # (H, W)
         if (label == ILLEGAL).any():
             value = raw[label == ILLEGAL][0]
             raise OSError(f"{path}: label value {value} does not occur in {self.name}, which has "
@@ -210,15 +210,16 @@ def read_label(path):
             mat = loadmat(path, variable_names=["GTcls", "LabelMap", "S"])
             raw = next(value for key, value in mat.items() if key[0] != "_")
             raw = raw[0, 0]["Segmentation"] if "GTcls" in mat else raw  # (H, W)
+            raw = raw.astype(np.uint16)                     # ids reach 459
         else:
             with Image.open(path) as file:
-                kind, raw = f"{file.format} {file.mode}", np.array(file)  # (H, W)
-    except Exception as error:                              # and so does scipy
+                kind, raw = f"{file.format} {file.mode}", np.array(file, np.uint8)  # (H, W)
+    except Exception as error:                              # so does scipy
         raise OSError(f"{path}: not a label file, or damaged ({error}): replace it") from error
     if kind not in ("mat", "PNG P", "PNG L", "PNG 1"):
         raise OSError(f"{path}: {kind}: a label must be a PNG of class indices, palette or 8-bit "
                       "gray")
-    return raw.astype(np.uint16)                            # ids reach 459; some .mat hold doubles
+    return raw
 
 
 # ---- What a run trains on
