@@ -240,8 +240,9 @@ def validate(net, val, args, iteration, device, facts):
 # ---- Before the first step
 def find_checkpoint(args):
     """last.pth of the run that --resume continues, or None for a new run."""
-    os.makedirs(args.out, exist_ok=True)
-    if not args.resume:
+    if args.resume:
+        os.makedirs(args.out, exist_ok=True)
+    else:
         new_folder(args.out, "--resume continues its run, --out starts another")
     if not Path(args.out, "last.pth").exists():
         return None
@@ -318,7 +319,7 @@ def save_checkpoint(checkpoint, path):
 
 
 def log_start(args, data, val, net, start, device, amp):
-    """Logs what is needed to repeat the run."""
+    """Logs what is needed to repeat it."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     origin = f"of iteration {start}" if start else args.init or net.backbone.weights_origin
     facts = {"settings": vars(args), "weights": origin,

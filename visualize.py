@@ -62,10 +62,11 @@ def overlay(image, label, classes):
     present = [c for c in label.unique().tolist() if c != IGNORE]
     if not present:
         return image
-    colours = [tuple(palette_of(classes)[c].tolist()) for c in present]
+    palette = palette_of(classes)
+    colours = [tuple(palette[c].tolist()) for c in present]
     masks = torch.stack([label == c for c in present])  # (classes present, H, W)
     panel = to_pil_image(draw_segmentation_masks(image, masks, alpha=0.6, colors=colours))
-    # White outlines: some of VOC's colours cannot be read alone.
+    # White outlines: some of VOC's colours cannot be read.
     for row, (c, colour) in enumerate(zip(present, colours)):
         ImageDraw.Draw(panel).text(
             (4, 4 + 17 * row), classes[c], colour, ImageFont.load_default(13), stroke_width=2,
@@ -83,7 +84,7 @@ def own_images(path):
         raise FileNotFoundError(f"{path}: no file ends in one of {SUFFIXES}")
     for file in files:
         image = to_pil_image(read_image(file, exif=True))
-        image.thumbnail((513, 513))                         # about as large as in training
+        image.thumbnail((513, 513))                         # about as in training
         image = pil_to_tensor(image)  # (3, H, W)
         yield file.name, image, torch.full_like(image[0], IGNORE)
 

@@ -163,10 +163,10 @@ def judge(head, store):
 
 
 def run_all(part, only):
-    store = torch.load(STORE)
+    store, done = torch.load(STORE), read_scores()
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, check=False,
                             capture_output=True, text=True).stdout.strip()
-    for name in [only] if only else [n for n in all_runs()[part::2] if n not in read_scores()]:
+    for name in [only] if only else [n for n in all_runs()[part::2] if n not in done]:
         began = time.time()
         arm, lr, seed = name.replace("lr ", "").replace("seed ", "").split(", ")
         head = build_head(arm, int(seed))
@@ -233,8 +233,9 @@ def main(argv=None):
     elif args.do == "run":
         run_all(args.part, args.only)
     else:
+        scores_of_runs = read_scores()
         for what in TABLES:
-            print_table(what, read_scores())
+            print_table(what, scores_of_runs)
 
 
 if __name__ == "__main__":
