@@ -23,9 +23,9 @@ class DilatedResNet(nn.Module):
     stem: "7x7" (torchvision) or "deep", three 3x3 convolutions as in the released EMANet.
     weights: "imagenet" (torchvision's IMAGENET1K_V1), a file, or "none" (random).
 
-    Another backbone can take this one's place in EMANet. It needs the attributes `out_channels`
-    (C), `output_stride` and `weights_origin` (text to log), the method
-    `set_output_stride(8 or 16)`, these arguments, and features of the size above.
+    Another backbone can take this one's place in EMANet. It needs the same arguments and feature
+    sizes, the attributes `out_channels` (C), `output_stride` and `weights_origin` (a text for the
+    log), and the method `set_output_stride`.
     """
 
     def __init__(self, name="resnet101", stem="7x7", weights="none", output_stride=8):
@@ -54,12 +54,15 @@ class DilatedResNet(nn.Module):
         if output_stride not in (8, 16):
             raise ValueError(f"output stride {output_stride}: it must be 8 or 16")
         self.output_stride = output_stride
-        # S = 8: layer3 1, 2, 2 ..., layer4 2, 8, 16. S = 16: layer3 1, 1 ..., layer4 1, 4, 8.
-        # A removed stride doubles later rates, and in layer4 the multi-grid 1, 2, 4 multiplies them
-        # (Sec. 6.1). As in torchvision, a layer's first block keeps the previous rate.
-        rate = 16 // output_stride
-        set_rates(self.layer3, [1] + [rate] * (len(self.layer3) - 1), stride=output_stride // 8)
-        set_rates(self.layer4, [rate, 4 * rate, 8 * rate], stride=1)
+        # A removed stride doubles the rates after it, and the multi-grid multiplies those of layer4
+        # by 1, 2, 4 (Sec. 6.1). As in torchvision, a layer's first block keeps the rate before it.
+        blocks = len(self.layer3)
+        if output_stride == 8:
+            set_rates(self.layer3, [1] + [2] * (blocks - 1), stride=1)
+            set_rates(self.layer4, [2, 8, 16], stride=1)
+        else:
+            set_rates(self.layer3, [1] * blocks, stride=2)
+            set_rates(self.layer4, [1, 4, 8], stride=1)
 
     def load_weights(self, name, weights):
         """Loads ImageNet weights. OSError if they are unavailable, or another network's."""
@@ -72,31 +75,34 @@ class DilatedResNet(nn.Module):
                 raise OSError(f"cannot download {self.weights_origin} ({error}): give --weights "
                               "FILE") from error
         else:
-            self.weights_origin, state = weights, read_checkpoint(weights)
+            self.weights_origin = weights
+            state = read_checkpoint(weights)
         try:
             self.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")})
         except RuntimeError as error:
-            raise OSError(f"{self.weights_origin}: not the weights of {name} with this stem: give "
-                          "the --backbone and --stem they are for") from error
+            raise OSError(
+                f"{self.weights_origin}: not for --backbone {name} with this --stem") from error
 
 
 def set_rates(layer, rates, stride):
     """Sets the dilation rate of each block's 3x3 convolutions and the stride of the first block."""
-    for block, rate in zip(layer, rates):                   # layer4 of ResNet-18 has two blocks
+    for block, rate in zip(layer, rates):                   # ResNet-18's layer4 has only two blocks
         for module in block.modules():
             if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
                 module.dilation = module.padding = (rate, rate)
     first = layer[0]
-    strided = first.conv2 if hasattr(first, "conv3") else first.conv1      # Bottleneck, BasicBlock
-    strided.stride = first.downsample[0].stride = (stride, stride)
+    bottleneck = hasattr(first, "conv3")
+    strided = first.conv2 if bottleneck else first.conv1
+    strided.stride = (stride, stride)
+    first.downsample[0].stride = (stride, stride)
 
 
 def deepen_stem(net):
     """Replaces the 7x7 convolution by three 3x3, 64-64-128, in ResNet-50, 101 and 152."""
     net.conv1 = nn.Sequential(
-        nn.Conv2d(3, 64, 3, 2, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU(),
-        nn.Conv2d(64, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU(),
-        nn.Conv2d(64, 128, 3, 1, 1, bias=False))
+        nn.Conv2d(3, 64, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU(),
+        nn.Conv2d(64, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU(),
+        nn.Conv2d(64, 128, 3, padding=1, bias=False))
     net.bn1 = nn.BatchNorm2d(128)
     first = net.layer1[0]                                   # its input now has 128 channels, not 64
     first.conv1 = nn.Conv2d(128, 64, 1, bias=False)
@@ -107,13 +113,11 @@ def read_checkpoint(path):
     """The dict that torch.save wrote to a file: weights, or a checkpoint. Code in it never runs.
     OSError if there is no such file, or it is damaged."""
     try:
-        # torch writes checksums but never verifies them.
-        damaged = zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip()
-        content = dict(torch.load(path, map_location="cpu", weights_only=True))
+        # torch writes checksums but never compares them.
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
+            raise ValueError("wrong checksum")
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
     except (FileNotFoundError, PermissionError):            # their messages name the file
         raise
     except Exception as error:                              # damaged files raise many kinds
         raise OSError(f"{path}: damaged, or not a weights file: get it again") from error
-    if damaged:
-        raise OSError(f"{path}: damaged (checksum of {damaged}): get it again")
-    return content

@@ -7,11 +7,11 @@ Everything stays uint8 until `normalise` converts it on the device. The names of
 the end.
 """
 from glob import glob
+from os.path import splitext
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps
 from scipy.io import loadmat
 from torch.utils.data import Dataset
@@ -19,7 +19,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from torchvision.transforms.v2.functional import InterpolationMode, resized_crop
 
 IGNORE = 255                      # label of ignored pixels
-ILLEGAL = 254                     # in a label table: a value that must not occur
+ILLEGAL = 254                     # marks values that a label file must not contain
 MEAN = 255 * torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)        # ImageNet's, for 0..255
 STD = 255 * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)             # of training crops, as released
@@ -28,22 +28,33 @@ SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)             # of training crops,
 def build_dataset(name, root="datasets", split=None):
     """The data set `name` of DATASETS in folder `root`. `split` is one of its lists, by default the
     validation list. FileNotFoundError says what is missing."""
-    split = split or ("test" if name == "cocostuff" else "val")
+    if split is None:
+        split = "test" if name == "cocostuff" else "val"
     return DATASETS[name](name, Path(root), split)
 
 
 class SegmentationDataset(Dataset):
-    """Images on disk and their labels, two lists of paths.
+    """Images on disk and their labels.
 
-    item: image uint8 (3, H, W), label uint8 (H, W); the label is all 255 if `labels` is None
-    classes: their names, in the order of the indices. ids: the names of the images.
+    item: image uint8 (3, H, W), label uint8 (H, W)
+
+    classes: the names of the classes, in the order of their indices.
     to_class: {value in a label file: class index or 255}. Any other value raises OSError.
+    ids: the names of the images.
+    images, labels: the paths of their files. If `labels` is None, all labels are 255.
     """
     scales = SCALES
 
     def __init__(self, name, split, classes, to_class, ids, images, labels):
-        self.name, self.split, self.classes, self.ids = name, split, classes, ids
-        self.images, self.labels, self.table = images, labels, label_table(to_class)
+        self.name = name
+        self.split = split
+        self.classes = classes
+        self.ids = ids
+        self.images = images
+        self.labels = labels
+        # The table raw label -> class. A label file has 8 or 16 bits.
+        self.table = np.full(65536, ILLEGAL, np.uint8)
+        self.table[list(to_class)] = list(to_class.values())
 
     def __len__(self):
         return len(self.ids)
@@ -52,36 +63,30 @@ class SegmentationDataset(Dataset):
         image = read_image(self.images[i])  # (3, H, W)
         if self.labels is None:
             return image, torch.full(image.shape[1:], IGNORE, dtype=torch.uint8)  # (H, W)
-        path, raw = self.labels[i], read_label(self.labels[i])  # (H, W)
+        path = self.labels[i]
+        raw = read_label(path)  # (H, W)
         if raw.shape != image.shape[1:]:
-            raise OSError(f"{path}: the label is {raw.shape} pixels, its image "
-                          f"{tuple(image.shape[1:])}")
+            raise OSError(f"{path}: the label and its image differ in size")
         label = self.table.take(raw)  # (H, W)
         if (label == ILLEGAL).any():
             value = raw[label == ILLEGAL][0]
-            raise OSError(f"{path}: label value {value} does not occur in {self.name}, which has "
-                          f"{len(self.classes)} classes from 0 on: does classes.txt lack "
-                          "background, or is it another data set's file?")
+            raise OSError(f"{path}: label value {value} is none of the {len(self.classes)} classes "
+                          f"of {self.name} (does classes.txt lack background?)")
         return image, torch.from_numpy(label)
-
-
-def label_table(to_class):
-    """The table raw label -> class, uint8 (65536,), from a dict. Other values are ILLEGAL."""
-    table = np.full(65536, ILLEGAL, np.uint8)
-    table[list(to_class)] = list(to_class.values())
-    return table
 
 
 # ---- The data sets, one function each: where the files are, and which value is which class
 def voc(name, root, split):
     """PASCAL VOC 2012. Its list trainaug needs SBD, or a SegmentationClassAug/ folder."""
     base = root / "VOCdevkit/VOC2012"
-    lists, sbd = base / "ImageSets/Segmentation", root / "benchmark_RELEASE/dataset"
+    lists = base / "ImageSets/Segmentation"
+    sbd = root / "benchmark_RELEASE/dataset"
     if split == "trainaug" and sbd.is_dir():
-        # VOC train and what SBD adds to it, without SBD's images of VOC val.
-        train, val = read_list(lists / "train.txt"), read_list(lists / "val.txt")
-        both = read_list(sbd / "train.txt") + read_list(sbd / "val.txt")
-        added = sorted(set(both) - set(train) - set(val))
+        # VOC's training images, and all of SBD's that are not in VOC's train or val.
+        train = read_list(lists / "train.txt")
+        val = read_list(lists / "val.txt")
+        sbd_ids = read_list(sbd / "train.txt") + read_list(sbd / "val.txt")
+        added = sorted(set(sbd_ids) - set(train) - set(val))
         ids = train + added
         labels = find_files(base / "SegmentationClass", train, ".png")
         labels += find_files(sbd / "cls", added, ".mat")
@@ -99,17 +104,20 @@ def voc(name, root, split):
 
 
 def context(name, root, split):
-    """PASCAL Context. 59 of 459 label values are classes, the others are ignored or, in context60,
-    class 0."""
+    """PASCAL Context. 59 of its 459 label values are classes. The others are ignored; in context60
+    they are class 0."""
     base = root / "VOCdevkit/VOC2010"
     ids = read_list(base / f"ImageSets/Main/{split}.txt")   # the lists for detection
     images = find_files(base / "JPEGImages", ids, ".jpg")
     labels = find_files(root / "trainval", ids, ".mat")
     if name == "context60":
-        classes, to_class = ["other", *CONTEXT_CLASSES], {raw: 0 for raw in range(460)}
+        classes = ["other", *CONTEXT_CLASSES]
+        to_class = {raw: 0 for raw in range(460)}
+        to_class |= {raw: c for c, raw in enumerate(CONTEXT_IDS, 1)}
     else:
-        classes, to_class = CONTEXT_CLASSES, {raw: IGNORE for raw in range(460)}
-    to_class |= {raw: c for c, raw in enumerate(CONTEXT_IDS, len(classes) - 59)}
+        classes = CONTEXT_CLASSES
+        to_class = {raw: IGNORE for raw in range(460)}
+        to_class |= {raw: c for c, raw in enumerate(CONTEXT_IDS)}
     return SegmentationDataset(name, split, classes, to_class, ids, images, labels)
 
 
@@ -130,10 +138,12 @@ def coco2017(name, root, split):
     images = find_files(base, ids, ".jpg")
     labels = find_files(root / f"annotations/{split}2017", ids, ".png")
     if name == "coco2voc":
-        classes, to_class = VOC_CLASSES, {raw: 0 for raw in range(182)}
+        classes = VOC_CLASSES
+        to_class = {raw: 0 for raw in range(182)}
         to_class |= {raw - 1: c for c, raw in enumerate(COCO_OF_VOC, 1)}
     else:
-        classes, to_class = COCO_CLASSES, {raw - 1: c for raw, c in COCO_TO_CLASS.items()}
+        classes = COCO_CLASSES
+        to_class = {raw - 1: c for raw, c in COCO_TO_CLASS.items()}
     to_class[255] = IGNORE
     return SegmentationDataset(name, split, classes, to_class, ids, images, labels)
 
@@ -165,26 +175,26 @@ def read_list(path):
     """The non-empty lines of a text file."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}: is --data-root right? (README, Data)")
-    text = path.read_text(encoding="utf-8-sig", errors="replace")
-    if "\ufffd" in text:                                    # PowerShell writes UTF-16
-        raise OSError(f"{path}: save it as UTF-8")
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    return [line.strip() for line in lines if line.strip()]
 
 
 def find_files(folder, ids, *suffixes, optional=False):
-    """The paths of the ids in a folder or its sub-folders, as "city/0001". None if they are
-    optional and all missing, as the labels of VOC's test are."""
-    # Reversed, so that im0.jpg beats im0.png.
-    files = sorted(glob("**", root_dir=folder, recursive=True), reverse=True)
-    found = {str(Path(file).with_suffix("")): f"{folder}/{file}"
-             for file in files if Path(file).suffix.lower() in suffixes}
+    """The path of each id in a folder. An id like "city/0001" lies in a sub-folder. None if the
+    files are optional and all missing, like the labels of VOC's test images."""
+    found = {}
+    # In reverse order im0.jpg comes after im0.png, and replaces it.
+    for file in sorted(glob("**", root_dir=folder, recursive=True), reverse=True):
+        name, suffix = splitext(file)
+        if suffix.lower() in suffixes:
+            found[name] = f"{folder}/{file}"
     missing = [i for i in ids if i not in found]
     if optional and len(missing) == len(ids):
         return None
     if missing or not ids:
         raise FileNotFoundError(
             f"{folder}: {len(missing)} of {len(ids)} files are missing, such as {missing[:1]} + "
-            f"{' or '.join(suffixes)} (lists have no suffix): is --data-root right? (README, Data)")
+            f"{suffixes}: is --data-root right, and has the list names without suffix?")
     return [found[i] for i in ids]
 
 
@@ -193,10 +203,10 @@ def read_image(path, exif=False):
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file) if exif else file
-            mode, rgb = file.mode, pil_to_tensor(image.convert("RGB"))  # (3, H, W)
-    except Exception as error:                              # Pillow raises anything
+            rgb = pil_to_tensor(image.convert("RGB"))  # (3, H, W)
+    except Exception as error:                              # Pillow raises many kinds
         raise OSError(f"{path}: not an image, or damaged ({error}): replace it") from error
-    if mode[0] in "IF":                                     # Pillow has clipped high values
+    if image.mode[0] in "IF":                               # convert() clipped what exceeds 255
         raise OSError(f"{path}: gray of more than 8 bits: save it with 8")
     return rgb
 
@@ -204,34 +214,36 @@ def read_image(path, exif=False):
 def read_label(path):
     """The raw values of a label file (H, W): a PNG of class indices, or the .mat of SBD (GTcls),
     PASCAL Context (LabelMap) or COCO-Stuff 10K (S)."""
-    kind = "mat"
     try:
         if path.endswith(".mat"):
             mat = loadmat(path, variable_names=["GTcls", "LabelMap", "S"])
-            raw = next(value for key, value in mat.items() if key[0] != "_")
-            raw = raw[0, 0]["Segmentation"] if "GTcls" in mat else raw  # (H, W)
-            raw = raw.astype(np.uint16)                     # ids reach 459
-        else:
-            with Image.open(path) as file:
-                kind, raw = f"{file.format} {file.mode}", np.array(file, np.uint8)  # (H, W)
-    except Exception as error:                              # so does scipy
+            if "GTcls" in mat:
+                return mat["GTcls"][0, 0]["Segmentation"]  # (H, W)
+            raw = mat["LabelMap"] if "LabelMap" in mat else mat["S"]  # (H, W)
+            return raw.astype(np.uint16)                    # values reach 459
+        with Image.open(path) as file:
+            raw = np.array(file, np.uint8)  # (H, W)
+    except Exception as error:                              # Pillow and scipy raise many kinds
         raise OSError(f"{path}: not a label file, or damaged ({error}): replace it") from error
-    if kind not in ("mat", "PNG P", "PNG L", "PNG 1"):
-        raise OSError(f"{path}: {kind}: a label must be a PNG of class indices, palette or 8-bit "
-                      "gray")
+    if file.format != "PNG" or file.mode not in ("P", "L", "1"):
+        raise OSError(f"{path}: {file.format} {file.mode}: a label must be a PNG of class indices, "
+                      "palette or 8-bit gray")
     return raw
 
 
 # ---- What a run trains on
 class TrainView(Dataset):
-    """Random scale, crop and flip of a data set (Sec. 6.1). The key of an item is (iteration,
-    index). It depends on (seed, iteration, index) alone, not on workers, processes or restarts.
+    """Random scale, crop and flip of a data set (Sec. 6.1).
 
-    item: image uint8 (3, crop, crop), label uint8 (crop, crop), 255 outside the picture
+    key: (iteration, index of an image). The key and the seed determine an item, so that workers,
+        processes and restarts change nothing.
+    item: image uint8 (3, crop, crop), label uint8 (crop, crop), 255 outside the image
     """
 
     def __init__(self, data, crop, seed):
-        self.data, self.crop, self.seed = data, crop, seed
+        self.data = data
+        self.crop = crop
+        self.seed = seed
 
     def __getitem__(self, key):
         iteration, index = key
@@ -242,31 +254,35 @@ class TrainView(Dataset):
         # its labels are 0.3 to 0.5 pixels off on average.
         top, height, new_height = self.window(rng, image.shape[1], scale)
         left, width, new_width = self.window(rng, image.shape[2], scale)
-        window, size = (top, left, height, width), (new_height, new_width)
-        image = resized_crop(image, *window, size, antialias=False)  # (3, new_height, new_width)
-        label = resized_crop(label[None], *window, size, InterpolationMode.NEAREST_EXACT)[0]
+        box = (top, left, height, width)
+        size = (new_height, new_width)
+        image = resized_crop(image, *box, size, antialias=False)  # (3, new_height, new_width)
+        label = resized_crop(label[None], *box, size, InterpolationMode.NEAREST_EXACT)[0]
 
         # The padding is the mean colour, which normalisation turns into about 0.
-        padded = MEAN.round().byte().repeat(1, self.crop, self.crop)  # (3, crop, crop)
-        padded[:, :new_height, :new_width] = image
-        beyond = (0, self.crop - new_width, 0, self.crop - new_height)
-        label = F.pad(label, beyond, value=IGNORE)  # (crop, crop)
-        return (padded.flip(2), label.flip(1)) if rng.random() < 0.5 else (padded, label)
+        new_image = MEAN.round().byte().repeat(1, self.crop, self.crop)  # (3, crop, crop)
+        new_image[:, :new_height, :new_width] = image
+        new_label = torch.full((self.crop, self.crop), IGNORE, dtype=torch.uint8)  # (crop, crop)
+        new_label[:new_height, :new_width] = label
+        if rng.random() < 0.5:
+            return new_image.flip(2), new_label.flip(1)
+        return new_image, new_label
 
     def window(self, rng, length, scale):
-        """One side of the window: its start, its length, and its length after scaling."""
-        # Odd lengths: even ones shift the labels' nearest pixels by half a pixel.
-        part = self.crop if scale == 1 else round(self.crop / scale) | 1
-        if part <= length:
-            return rng.integers(length - part + 1), part, self.crop
-        part = length if scale == 1 else (length - 1) | 1   # a small image loses an even row
-        return 0, part, min(self.crop, max(2, round(length * scale)))
+        """One side of the window, in an image of this length: where it starts, how long it is, and
+        how long after scaling. Where the image is too short, the rest of the crop is padding."""
+        new = min(self.crop, max(1, round(length * scale)))
+        part = min(length, round(new / scale))
+        if scale != 1 and part % 2 == 0:
+            # Odd: scaled labels of an even length lie half a pixel off.
+            part += 1 if part < length else -1
+        return rng.integers(length - part + 1), part, new
 
 
 def schedule(data, batch_size, seed, iterations, rank=0, world=1):
-    """Batch sampler: for each of `iterations`, counted from 1, this process's share of the batch as
-    (iteration, index). The batch is a function of (seed, iteration) alone. Each epoch is
-    reshuffled and drops its last, incomplete batch."""
+    """Batch sampler: yields this process's share of the batch of each iteration, counted from 1, as
+    keys of TrainView. The seed and the iteration determine a batch. Each epoch is a new shuffle and
+    drops its last, incomplete batch."""
     for iteration in iterations:
         epoch, step = divmod(iteration - 1, len(data) // batch_size)
         order = np.random.default_rng((seed, epoch)).permutation(len(data))
@@ -276,18 +292,19 @@ def schedule(data, batch_size, seed, iterations, rank=0, world=1):
 
 def normalise(images):
     """Images uint8 (B, 3, H, W) -> float32, standardised by ImageNet's mean and deviation."""
-    mean, std = (v.to(images.device, non_blocking=True) for v in (MEAN, STD))  # (3, 1, 1) each
+    mean = MEAN.to(images.device, non_blocking=True)  # (3, 1, 1)
+    std = STD.to(images.device, non_blocking=True)  # (3, 1, 1)
     return (images.float() - mean) / std  # (B, 3, H, W)
 
 
 # ---- Colours
 def palette_of(classes):
-    """VOC's colours, uint8 (256, 3): the bits of a class index, in turn, are the highest bits of
-    red, green and blue. Without a background class black is skipped."""
+    """VOC's colours, uint8 (256, 3): the bits of a class index become, in turn, the highest bits of
+    red, green and blue. Black is for background alone."""
     palette = np.zeros((256, 3), np.uint8)
     for c in range(256):
         for bit in range(8):
-            palette[c, bit % 3] |= (c >> bit & 1) << (7 - bit // 3)
+            palette[c, bit % 3] |= ((c >> bit) & 1) << (7 - bit // 3)
     if classes[0] != "background":
         palette[:IGNORE] = palette[1:]
     return palette

@@ -5,9 +5,14 @@
     logits = net(images)                    # (B, 3, H, W) normalised -> (B, L, H, W)
 
 Shapes: B images, C channels, N = h * w pixels of one feature map, K bases, L classes. Images are
-H x W, features h x w with h = ceil(H / S), S the output stride. In the maths x (B, N, C) are the
-pixels, mu (B, C, K) the bases, z (B, N, K) the responsibilities. Equation and section numbers
-are the paper's. `differs:` marks a departure from the paper or the released code.
+H x W, features h x w with h = ceil(H / S), S the output stride. The symbols are the paper's:
+
+    x   (B, N, C)  the pixels
+    mu  (B, C, K)  the bases
+    z   (B, N, K)  the responsibilities: how much of each pixel each basis takes
+
+So are the numbers of equations and sections. `differs:` marks a departure from the paper or from
+the code that its authors released.
 """
 import torch
 import torch.distributed as dist
@@ -23,45 +28,48 @@ GRADIENTS = ("none", "full")
 
 
 class EMAU(nn.Module):
-    """Expectation-maximization attention unit (Sec. 5, Fig. 2). It costs N * K where self-attention
-    costs N * N, and before the last convolution its output has at most rank K.
+    """Expectation-maximization attention unit (Sec. 5, Fig. 2). It compares each of the N pixels
+    with K bases, where self-attention compares it with all N pixels. Each pixel then becomes a
+    mixture of the bases.
 
     in:  features (B, C, h, w)
     out: features (B, C, h, w)
 
-    num_bases: K. iterations: T, the rounds of EM. lam: lambda of Eq. 12, the inverse temperature.
+    num_bases: K.
+    iterations: T, the number of EM rounds.
+    lam: lambda of Eq. 12, the inverse temperature.
     alpha: the momentum of Eq. 15.
-    base_update: how the initial bases mu^(0), `mu` (1, C, K), are updated (Sec. 5.2): "average"
-        over the training batches, "backprop" as a parameter, or "fixed" at their init.
-    base_norm: what follows each M-step (Sec. 5.3): "l2", "layer" (without gain and bias), "none".
-    gradient: "none" (as released) takes EM as a constant in the backward pass and freezes conv1 at
-        its init; setting the attribute later does not unfreeze it. "full" goes through all rounds.
-    Other options raise ValueError.
+    base_update: how the initial bases mu^(0) change in training (Sec. 5.2). "average": a moving
+        average over the batches. "backprop": they are a parameter. "fixed": not at all.
+    base_norm: the normalisation after each M-step (Sec. 5.3): "l2", "layer" or "none".
+    gradient: "none" (as released): EM is a constant in the backward pass, and conv1 stays as it
+        was initialised. "full": the gradient goes through all rounds.
     """
 
     def __init__(self, channels, num_bases=64, iterations=3, lam=1.0, alpha=0.9,
                  base_update="average", base_norm="l2", gradient="none"):
         super().__init__()
-        for value, choices in ((base_update, BASE_UPDATES), (base_norm, BASE_NORMS),
-                               (gradient, GRADIENTS)):
-            if value not in choices:
-                raise ValueError(f"{value!r}: choose one of {choices}")
-        if base_update == "backprop" and gradient != "full":
-            raise ValueError("base_update backprop needs gradient full: mu gets none otherwise")
-        if iterations < 1:
-            raise ValueError(f"{iterations} EM iterations: there must be at least one")
-        self.iterations, self.lam, self.alpha = iterations, lam, alpha
-        self.base_update, self.base_norm, self.gradient = base_update, base_norm, gradient
+        assert base_update in BASE_UPDATES, base_update
+        assert base_norm in BASE_NORMS, base_norm
+        assert gradient in GRADIENTS, gradient
+        assert gradient == "full" or base_update != "backprop", "backprop needs gradient full"
+        assert iterations >= 1, iterations
+        self.iterations = iterations
+        self.lam = lam
+        self.alpha = alpha
+        self.base_update = base_update
+        self.base_norm = base_norm
+        self.gradient = gradient
 
         # No ReLU after conv1: inner products need both signs (Sec. 5.1).
         self.conv1 = nn.Conv2d(channels, channels, 1)
         self.conv2 = nn.Sequential(
             nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels))
-        # The released init. conv1's scale acts as a temperature, and torch's smaller default makes
-        # z nearly uniform.
-        nn.init.kaiming_normal_(self.conv1.weight)          # deviation sqrt(2 / C)
+        # Both start as in the released code. With torch's smaller default, inner products are so
+        # small that z is nearly uniform.
+        nn.init.kaiming_normal_(self.conv1.weight)
         nn.init.kaiming_normal_(self.conv2[0].weight)
-        # DistributedDataParallel would wait for a gradient that never comes.
+        # Without a gradient conv1 must be frozen: DistributedDataParallel would wait for one.
         self.conv1.requires_grad_(gradient == "full")
         mu = F.normalize(torch.randn(1, channels, num_bases), dim=1)  # (1, C, K)
         if base_update == "backprop":
@@ -72,19 +80,20 @@ class EMAU(nn.Module):
     def forward(self, features):  # (B, C, h, w)
         x = self.conv1(features).flatten(2).transpose(1, 2)  # (B, N, C)
         if self.gradient == "none":
-            x = x.detach()                                  # backward takes EM as a constant
+            x = x.detach()                                  # EM is a constant in the backward pass
         with torch.autocast(x.device.type, enabled=False):  # sums over N pixels need float32
             z, mu = self.em(x.to(self.mu.dtype), self.iterations)  # (B, N, K), (B, C, K)
             if self.training and self.base_update == "average":
                 self.update_bases(mu)
-            x = z @ mu.transpose(1, 2)  # (B, N, C)  re-estimation, Eq. 14
-        x = F.relu(x).transpose(1, 2).unflatten(2, features.shape[2:])  # (B, C, h, w)
-        return F.relu(features + self.conv2(x))  # (B, C, h, w)
+            y = z @ mu.transpose(1, 2)  # (B, N, C)  each pixel becomes a mixture of bases, Eq. 14
+        y = F.relu(y).transpose(1, 2).unflatten(2, features.shape[2:])  # (B, C, h, w)
+        return F.relu(features + self.conv2(y))  # (B, C, h, w)
 
     def em(self, x, iterations):
-        """Rounds of EM on the pixels x (B, N, C), from mu^(0). Returns the last round's z (B, N, K)
-        and mu (B, C, K)."""
-        mu = self.mu.repeat(x.shape[0], 1, 1)  # (B, C, K)  a copy: update_bases changes self.mu
+        """Rounds of EM on the pixels x (B, N, C), from the initial bases. Returns the last round's
+        z (B, N, K) and mu (B, C, K)."""
+        # A copy: update_bases changes self.mu, and the backward pass needs it unchanged.
+        mu = self.mu.repeat(x.shape[0], 1, 1)  # (B, C, K)
         for _ in range(iterations):
             z = self.e_step(x, mu)  # (B, N, K)
             mu = self.m_step(x, z)  # (B, C, K)
@@ -92,31 +101,30 @@ class EMAU(nn.Module):
 
     def e_step(self, x, mu):
         """Responsibilities (Eqs. 10-12): z_nk = softmax over k of lambda x_n . mu_k."""
-        # To change the kernel, change this line. For bases of unit length the Euclidean kernel
-        # exp(-lambda |x - mu|^2) gives the same z as the inner product with 2 lambda. mu^(0), an
-        # average, is shorter, so the first round differs.
+        # To try another kernel, change this line. The Euclidean one, exp(-lambda |x - mu|^2), would
+        # only double lambda if all bases had length 1; but the initial ones, averages, are shorter.
         return torch.softmax(x @ (self.lam * mu), dim=2)  # (B, N, K)  rows sum to one
 
     def m_step(self, x, z):
-        """Bases (Eq. 13): means of the pixels weighted by z, then the norm of Sec. 5.3."""
-        # Both 1e-6 are from the released code. They keep a basis without pixels finite.
+        """Bases (Eq. 13): means of the pixels weighted by z, then normalised (Sec. 5.3)."""
+        # Both 1e-6 are as released. They keep a basis without pixels finite.
         mu = x.transpose(1, 2) @ z / (z.sum(dim=1, keepdim=True) + 1e-6)  # (B, C, K)
         if self.base_norm == "l2":
             mu = mu / (mu.norm(dim=1, keepdim=True) + 1e-6)  # (B, C, K)
         elif self.base_norm == "layer":
-            mu = F.layer_norm(mu.transpose(1, 2), mu.shape[1:2]).transpose(1, 2)  # (B, C, K)
+            mu = F.layer_norm(mu.transpose(1, 2), [mu.shape[1]]).transpose(1, 2)  # (B, C, K)
         return mu
 
     @torch.no_grad()
     def update_bases(self, mu):
-        """Moving average of mu^(0) (Eq. 15) with the mean of mu^(T) (B, C, K) over the batches of
-        all processes. The mean is exact if all batches have the same size."""
+        """Moves the initial bases towards the mean of the final ones (B, C, K) over the batches of
+        all processes, which must be of one size."""
         # differs: the released code does this in its training loop, for one process.
         mean = mu.mean(dim=0, keepdim=True)  # (1, C, K)
-        if dist.is_available() and dist.is_initialized():
+        if dist.is_initialized():
             dist.all_reduce(mean)  # (1, C, K)
             mean /= dist.get_world_size()
-        self.mu.lerp_(mean, 1 - self.alpha)  # (1, C, K)
+        self.mu.copy_(self.alpha * self.mu + (1 - self.alpha) * mean)  # (1, C, K)  Eq. 15
 
 
 class EMANet(nn.Module):
@@ -126,9 +134,9 @@ class EMANet(nn.Module):
     out: logits (B, num_classes, H, W)
 
     channels: C of the attention, 512 or 256 in the paper.
-    decoder: adds the released code's second 3x3 convolution, which Table 1 does not count.
+    decoder: add a second 3x3 convolution, as the released code does and Table 1 does not.
     attention: "emau", its relatives "nonlocal" and "a2" (extras/relatives.py), or "none".
-    options: keyword arguments of the attention. An unknown one raises TypeError.
+    options: keyword arguments of the attention.
     """
 
     def __init__(self, num_classes, *, backbone="resnet101", stem="7x7", weights="none",
@@ -140,19 +148,21 @@ class EMANet(nn.Module):
         if decoder:
             self.decoder = nn.Sequential(*conv_bn_relu(channels, 256), nn.Dropout2d(0.1))
         self.classifier = nn.Conv2d(256 if decoder else channels, num_classes, 1)
-        # Built last, so that one seed initialises everything else alike for all kinds.
+        # Built last: a seed then gives all other layers the same weights for every attention.
         if attention == "emau":
             self.attention = EMAU(channels, **options)
         elif attention == "none":
-            self.attention = nn.Sequential(**options)       # empty; it rejects any option
+            self.attention = nn.Identity()
         else:
             from extras.relatives import RELATIVES
             self.attention = RELATIVES[attention](channels, **options)
 
     def forward(self, images):  # (B, 3, H, W)
-        x = self.attention(self.reduce(self.backbone(images)))  # (B, C, h, w)
+        x = self.backbone(images)  # (B, 512 or 2048, h, w)
+        x = self.reduce(x)  # (B, C, h, w)
+        x = self.attention(x)  # (B, C, h, w)
         x = self.decoder(x)  # (B, C or 256, h, w)
-        with torch.autocast(x.device.type, enabled=False):  # bfloat16 logits often tie
+        with torch.autocast(x.device.type, enabled=False):  # in bfloat16 the two best often tie
             logits = self.classifier(x.to(self.classifier.weight.dtype))  # (B, L, h, w)
         return F.interpolate(
             logits, images.shape[2:], mode="bilinear", align_corners=True)  # (B, L, H, W)
@@ -179,15 +189,13 @@ def load_checkpoint(path):
     released checkpoint has the key "net". Any other file raises OSError.
     """
     checkpoint = read_checkpoint(path)
-    try:
-        if "net" in checkpoint:
-            from extras.released import convert
-            checkpoint = convert(checkpoint["net"])
-        net = EMANet(**checkpoint["network"])
-        net.load_state_dict(checkpoint["model"])
-        net.dataset, net.classes = checkpoint["dataset"], checkpoint["classes"]
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise OSError(f"{path}: not a checkpoint of train.py or the released code, or this code "
-                      f"builds another network ({reason})") from error
+    if "net" in checkpoint:
+        from extras.released import convert
+        checkpoint = convert(checkpoint["net"])
+    if "network" not in checkpoint:
+        raise OSError(f"{path}: not a checkpoint of train.py or of the released code")
+    net = EMANet(**checkpoint["network"])
+    net.load_state_dict(checkpoint["model"])
+    net.dataset = checkpoint["dataset"]
+    net.classes = checkpoint["classes"]
     return net.eval()

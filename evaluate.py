@@ -4,10 +4,9 @@
     python evaluate.py --ckpt out/voc/model.pth --ms-flip              # six scales, mirrored too
     torchrun --nproc_per_node=4 evaluate.py --ckpt out/voc/model.pth   # on four GPUs
 
-Shared helpers are at the end. Shapes: H x W pixels of an image, L classes.
+Shapes: H x W pixels of an image, L classes.
 """
 import argparse
-import math
 import os
 import sys
 import time
@@ -28,11 +27,16 @@ MS_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 # ---- Prediction
 @torch.no_grad()
 def predict(net, image, ms_flip=False, amp=None):
-    """Logits (L, H, W) of an image uint8 (3, H, W), by a network in eval mode. ms_flip: summed over
-    MS_SCALES and mirror images. amp: the dtype of autocast, or None."""
-    size, total = image.shape[1:], 0
+    """Logits (L, H, W) of an image uint8 (3, H, W), by a network in eval mode.
+
+    ms_flip: sum the logits over MS_SCALES and over mirror images.
+    amp: the dtype of autocast, or None.
+    """
+    size = image.shape[1:]
+    scales = MS_SCALES if ms_flip else (1.0,)
+    total = 0
     image = normalise(image[None])  # (1, 3, H, W)
-    for scale in MS_SCALES if ms_flip else (1.0,):
+    for scale in scales:
         h, w = (max(1, int(side * scale)) for side in size)
         view = F.interpolate(image, (h, w), mode="bilinear", align_corners=True)  # (1, 3, h, w)
         if ms_flip:
@@ -46,8 +50,8 @@ def predict(net, image, ms_flip=False, amp=None):
 
 
 def pad(images, stride):
-    """Zeros at the right and bottom, up to a multiple of the stride plus 1: align_corners then puts
-    every feature on a pixel. (B, 3, H, W) -> (B, 3, H', W')"""
+    """Pads images (B, 3, H, W) with zeros at the right and bottom, up to a multiple of the stride
+    plus 1, such as 513. With align_corners every feature then lies on a pixel."""
     below, right = ((1 - side) % stride for side in images.shape[2:])
     return F.pad(images, (0, right, 0, below))  # (B, 3, H', W')
 
@@ -57,21 +61,23 @@ def confusion_matrix(prediction, label, num_classes):
     """Counts int64 (L, L) of prediction and label (H, W): rows are the label's class, columns the
     predicted one. Label 255 is ignored."""
     keep = label != IGNORE
-    cells = label[keep].long() * num_classes + prediction[keep]  # (pixels that count,)
-    return torch.bincount(cells, minlength=num_classes ** 2).view(num_classes, num_classes)
+    pairs = label[keep].long() * num_classes + prediction[keep]  # (labelled pixels,)
+    return torch.bincount(pairs, minlength=num_classes ** 2).view(num_classes, num_classes)
 
 
 def scores(confusion):
-    """mIoU, pixel accuracy, mean accuracy (0..1) and IoU per class (L,) of a confusion matrix. The
-    IoU of a class that is neither labelled nor predicted is None and does not count."""
-    def numbers(values):                                    # JSON has no nan
-        return [None if math.isnan(value) else value for value in values.tolist()]
-
+    """mIoU, pixel accuracy, mean accuracy and the IoU of each class, 0..1, of a confusion matrix.
+    The IoU of a class that is neither labelled nor predicted is None, and does not count."""
     confusion = confusion.cpu().double()
-    hits, labelled, predicted = confusion.diag(), confusion.sum(1), confusion.sum(0)  # (L,) each
+    hits = confusion.diag()  # (L,)
+    labelled = confusion.sum(1)  # (L,)
+    predicted = confusion.sum(0)  # (L,)
     iou = hits / (labelled + predicted - hits)  # (L,)
-    means = torch.stack([iou.nanmean(), hits.sum() / labelled.sum(), (hits / labelled).nanmean()])
-    return dict(zip(("miou", "pixacc", "macc"), numbers(means))) | {"iou": numbers(iou)}
+
+    def number(value):                                      # JSON has no nan
+        return None if value.isnan() else value.item()
+    return {"miou": number(iou.nanmean()), "pixacc": number(hits.sum() / labelled.sum()),
+            "macc": number((hits / labelled).nanmean()), "iou": [number(value) for value in iou]}
 
 
 def evaluate(net, data, device, *, ms_flip=False, amp=None, workers=2, save_png=None):
@@ -79,18 +85,20 @@ def evaluate(net, data, device, *, ms_flip=False, amp=None, workers=2, save_png=
     PNGs of the original size."""
     net.eval()
     torch.backends.cudnn.benchmark = False                  # images are of many sizes
-    # Every world-th image. DistributedSampler would count some twice.
+    start = time.time()
+    # Each process takes every world-th image. DistributedSampler would count some twice.
     rank, world = rank_and_world()
     mine = range(rank, len(data), world)
     loader = make_loader(data, device, workers, batch_size=None, sampler=mine)
-    start, L = time.time(), len(data.classes)
+    L = len(data.classes)
     confusion = torch.zeros(L, L, dtype=torch.int64, device=device)
     for i, (image, label) in zip(mine, loader):
-        prediction = predict(net, image.to(device), ms_flip, amp).max(0)[1]  # (H, W)
+        logits = predict(net, image.to(device), ms_flip, amp)  # (L, H, W)
+        _, prediction = logits.max(0)  # (H, W)  on CPUs this is faster than argmax
         confusion += confusion_matrix(prediction, label.to(device), L)
         if save_png:
             save_index_png(prediction.cpu(), f"{save_png}/{data.ids[i]}.png", data.classes)
-        if i and i % 100 < world:
+        if i % (100 * world) == 0:
             print_on_rank0(f"  {i}/{len(data)}")
     if world > 1:
         dist.all_reduce(confusion)
@@ -99,14 +107,15 @@ def evaluate(net, data, device, *, ms_flip=False, amp=None, workers=2, save_png=
 
 def summary(data, result, ms_flip=False):
     """A line about an evaluation, in percent."""
-    line = f"eval {data.name} {data.split} {'ms-flip' if ms_flip else 'ss'} | "
-    judged, L = sum(iou is not None for iou in result["iou"]), len(data.classes)
-    if not judged:
-        return line + "no pixel has a label"
+    mode = "ms-flip" if ms_flip else "ss"
+    L = len(data.classes)
+    judged = L - result["iou"].count(None)
+    if judged == 0:
+        return f"eval {data.name} {data.split} {mode} | no pixel has a label"
     some = f" ({judged} of {L} classes occur)" if judged < L else ""
-    return line + (f"mIoU {100 * result['miou']:.2f}{some} | pixAcc {100 * result['pixacc']:.2f} | "
-                   f"mAcc {100 * result['macc']:.2f} | {len(data)} images | "
-                   f"{result['seconds']:.0f} s")
+    return (f"eval {data.name} {data.split} {mode} | mIoU {100 * result['miou']:.2f}{some} | "
+            f"pixAcc {100 * result['pixacc']:.2f} | mAcc {100 * result['macc']:.2f} | "
+            f"{len(data)} images | {result['seconds']:.0f} s")
 
 
 # ---- The script
@@ -122,8 +131,7 @@ def parse_args(argv=None):
     add("--ms-flip", action="store_true", help="six scales and mirror images")
     add("--output-stride", type=int, choices=(8, 16), default=8, help="default: 8")
     add("--save-png", help="new folder for the predictions")
-    add("--amp", choices=("auto", "bf16", "off"), default="off", help="bf16 moves mIoU "
-        "in the second decimal, default: off")
+    add("--amp", choices=("auto", "bf16", "off"), default="off", help="default: off")
     add("--workers", type=int, default=2, help="for each process, default: 2")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto")
     return parser.parse_args(argv)
@@ -141,9 +149,7 @@ def main(argv=None):
     result = evaluate(net, data, device, ms_flip=args.ms_flip, amp=pick_amp(args.amp, device),
                       workers=args.workers, save_png=args.save_png)
     for name, iou in zip(data.classes, result["iou"]):
-        print_on_rank0(f"  {name:20s} {'absent' if iou is None else f'{100 * iou:.2f}':>6s}")
-    if args.save_png:
-        print_on_rank0(f"wrote {len(data)} PNGs to {args.save_png}")
+        print_on_rank0(f"  {name:20s} " + ("absent" if iou is None else f"{100 * iou:6.2f}"))
     print_on_rank0(summary(data, result, args.ms_flip))
 
 
@@ -158,7 +164,7 @@ def open_dataset(args, net):
 # ---- Processes and devices, for all scripts
 def positive(text):
     if int(text) < 1:
-        raise ValueError
+        raise ValueError                                    # argparse turns it into a message
     return int(text)
 
 
@@ -172,11 +178,12 @@ def new_folder(path, advice="choose another folder"):
 def init_process(name):
     """The device of this process. Under torchrun, which sets LOCAL_RANK, it joins the others and
     gets a GPU of its own."""
-    local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    gpus = torch.cuda.device_count()
     device = torch.device("cpu")
-    if name == "cuda" or name == "auto" and count:
-        if local >= count:
-            sys.exit(f"error: torch sees {count} GPUs, and each process needs one")
+    if name == "cuda" or (name == "auto" and gpus > 0):
+        if local >= gpus:
+            sys.exit(f"error: torch sees {gpus} GPUs, and each process needs one")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if "LOCAL_RANK" in os.environ:
@@ -186,7 +193,9 @@ def init_process(name):
 
 
 def rank_and_world():
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
 def print_on_rank0(text):
@@ -196,36 +205,41 @@ def print_on_rank0(text):
 
 def pick_amp(choice, device):
     """The dtype of autocast, or None. "auto" is bfloat16 where that is fast."""
-    fast = (torch.cuda.get_device_capability(device) >= (8, 0) if device.type == "cuda"
-            else torch.cpu._is_avx512_bf16_supported())
-    return torch.bfloat16 if choice == "bf16" or choice == "auto" and fast else None
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported()
+    if choice == "bf16" or (choice == "auto" and fast):
+        return torch.bfloat16
+    return None
 
 
 def make_loader(data, device, workers, **sampling):
     return DataLoader(data, num_workers=workers, pin_memory=device.type == "cuda",
-                      timeout=TIMEOUT if workers else 0, worker_init_fn=be_quiet, **sampling)
+                      timeout=TIMEOUT if workers else 0, worker_init_fn=hide_tracebacks,
+                      **sampling)
 
 
-def be_quiet(worker):
-    # Worker errors reach the main process. This silences Ctrl-C's.
+def hide_tracebacks(worker):
+    # The main process reports a worker's error. Only Ctrl-C would print more.
     sys.excepthook = lambda *error: None
 
 
 def run(main, on_interrupt="stopped"):
     """Runs a script's main. Ctrl-C, and a file that is missing or wrong, become one line."""
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")   # names the terminal cannot print
+    if hasattr(sys.stdout, "reconfigure"):                  # not in notebooks
+        # The terminal may lack letters of a file's name.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except KeyboardInterrupt:
         sys.exit(on_interrupt)
     except OSError as error:
-        message = str(error)
-        if "Traceback" in message:       # of a worker
-            message = message.strip().splitlines()[-1].split("Error: ", 1)[-1]
-        sys.exit(f"error: {message}")
+        # A worker's error comes with its traceback, in which the message is the last line.
+        message = str(error).strip().splitlines()[-1]
+        sys.exit(f"error: {message.removeprefix('OSError: ')}")
     if dist.is_initialized():
-        dist.barrier()                   # torch 2.10 can hang otherwise
+        dist.barrier()                                      # torch 2.10 can hang without it
         dist.destroy_process_group()
 
 

@@ -194,7 +194,7 @@ def test_backbone_weights_from_a_file(stem, other, tmp_path):
     net = DilatedResNet("resnet50", stem, path)
     assert all(torch.equal(value, source[key]) for key, value in net.state_dict().items())
     for name, its_stem in (("resnet50", other), ("resnet101", stem)):
-        with raises(OSError, match=rf"weights.pth: .*{name}.*--backbone and --stem"):
+        with raises(OSError, match=rf"weights.pth: .*--backbone {name} .*--stem"):
             DilatedResNet(name, its_stem, path)
 
 def test_checkpoint_of_the_drawn_scenes(tiny, tmp_path, monkeypatch):
@@ -223,7 +223,7 @@ def test_voc_is_read_as_it_is_distributed(tmp_path):
             assert np.array_equal(voc[i][0].permute(1, 2, 0), image)
             assert np.array_equal(voc[i][1], np.roll(raw, first + i))
     Image.fromarray(raw_label([0, 21])).save(base / f"SegmentationClass/{IDS[2]}.png")
-    with raises(OSError, match=f"{IDS[2]}.png: label value 21 does not occur in voc"):
+    with raises(OSError, match=f"{IDS[2]}.png: label value 21 is none of .*voc"):
         voc[0]
 
 def test_trainaug_is_composed_of_voc_and_sbd(tmp_path):
@@ -318,7 +318,7 @@ def test_files_are_found_as_other_systems_leave_them(folder_root, tmp_path):
     plain, theirs = (build_dataset("folder", place, "train") for place in (folder_root, root))
     assert all(all(map(torch.equal, plain[i], theirs[i])) for i in range(7))
     (root / "classes.txt").write_text("road", encoding="utf-16")
-    with raises(OSError, match="classes.txt: save it as UTF-8"):
+    with raises(UnicodeError):
         build_dataset("folder", root)
 
 def test_index_png_has_vocs_colours(tmp_path):
@@ -417,9 +417,9 @@ def test_recipes_are_the_paper_s():
     assert [scenes[key] for key in keys] == ["scenes", "resnet18", "none", 8, 97, 360]
     assert vars(train.parse_args(["--lr", "1", "--crop", "9"])) == scenes | {"lr": 1, "crop": 9}
 
-@parametrize("iters, momentum", [(30, 0.1), (300, 0.03), (15000, 6e-4), (60000, 3e-4)])
+@parametrize("iters, momentum", [(30, 0.1), (300, 0.03), (15000, 6e-4), (90000, 1e-4)])
 def test_schedules_of_a_run(iters, momentum, run_train, monkeypatch):
-    """Sec. 6.1: lr (1 - i / iterations) ** 0.9; BN's momentum is 9 / iterations, 3e-4 at least."""
+    """Sec. 6.1: lr (1 - i / iterations) ** 0.9; BN's momentum is 9 / iterations, 0.1 at most."""
     def step(net, optimizer, batch, lr, *_):
         lrs.append(lr)
         assert {m.momentum for m in net.modules() if isinstance(m, nn.BatchNorm2d)} == {momentum}
@@ -477,7 +477,7 @@ def test_resumed_run_continues_exactly(run_train, tmp_path, monkeypatch):
         spy(patch, train, "training_step", mock.Mock(side_effect=[*[0] * 5, KeyboardInterrupt]))
         run_train(flags)
     (tmp_path / "init.pth").unlink()                          # the checkpoint has it all
-    assert "weights: of iteration 4" in run_train(f"{flags} --eval-every 6 --workers 1")
+    assert "start: 4\n" in run_train(f"{flags} --eval-every 6 --workers 1")
     assert log_of(tmp_path / "straight", "loss") == log_of(tmp_path / "run", "loss")
     ends = [torch.load(tmp_path / out / "last.pth") for out in ("straight", "run")]
     tensors = [[*end["model"].values(), *(state["momentum_buffer"] for state in
@@ -496,8 +496,8 @@ def test_resume_wants_the_same_settings(trained, tiny, folder_root, tmp_path):
     (root / "ImageSets/Segmentation/train.txt").write_text("train_0\ntrain_2\n")
     assert "images: 2, for" in command(train, f"{line} --lam 2 --workers 1")
 
-@parametrize("what, noticed", [("loss", 5), ("weight", 6)])
-def test_run_stops_where_it_is_not_finite(what, noticed, run_train, tmp_path, monkeypatch):
+@parametrize("what", ["loss", "weight"])
+def test_run_stops_where_it_is_not_finite(what, run_train, tmp_path, monkeypatch):
     """A loss or weight that is not finite stops the run at a log line, and none is saved."""
     def broken(net, *_):
         broke = next(calls) == 5
@@ -505,7 +505,7 @@ def test_run_stops_where_it_is_not_finite(what, noticed, run_train, tmp_path, mo
         return torch.tensor(math.nan if broke and what == "loss" else 1.0)
     calls = iter(range(1, 9))
     monkeypatch.setattr(train, "training_step", broken)
-    with raises(SystemExit, match=rf"error: iteration {noticed}: .*not finite.*--lr"):
+    with raises(SystemExit, match=r"error: iteration 5: .*not finite.*--lr"):
         run_train("--iters 8 --eval-every 2")
     model, last = (torch.load(tmp_path / f"run/{name}.pth") for name in ("model", "last"))
     assert all(v.isfinite().all() for v in [*model["model"].values(), *last["model"].values()])
@@ -625,7 +625,6 @@ def test_scripts_work_together(folder_root, tmp_path):
     out = printed(f"{train.__file__} {TRAIN} --iters 2 --data-root {folder_root}")
     assert "machine: 2 x cpu" in out and out.count("iter      2/2") == 1
     line = f"--ckpt out/folder/model.pth --data-root {folder_root}"
-    assert f"evaluate.py {line}" in out
     last = f"eval folder val ss | {validation(tmp_path / 'out/folder')} | 5 images"
     assert printed(f"{evaluate.__file__} {line} --save-png png").count(last) == 1
     assert len([*(tmp_path / "png").rglob("*.png")]) == 5
@@ -874,7 +873,7 @@ def in_a_group(rank, folder, root, port):
             f"--out {folder}/run")
     with mock.patch("train.batch_loss", watched):
         command(train, line)                                  # the two form a group, and stay one
-    train.find_checkpoint, train.init_process = lambda _: {"iteration": rank}, lambda _: CPU
+    train.open_run, train.init_process = lambda _: {"iteration": rank}, lambda _: CPU
     with raises(SystemExit) as end:
         command(train, line)
     torch.save({"steps": [step_with(i, slice(rank, None, 2)) for i in range(len(OPTIONS))],

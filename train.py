@@ -46,14 +46,13 @@ RECIPES = {
     "context": {"iters": 15000},
     "context60": {"iters": 15000},
     "cocostuff": {"output_stride": 8},
-    # The paper does not use the 164K release. 80,000 iterations are usual elsewhere.
+    # Not in the paper. 80,000 iterations are usual elsewhere.
     "cocostuff164k": {"output_stride": 8, "iters": 80000},
     "coco2voc": {"iters": 150000},                          # the first of three stages (Sec. 6.2.3)
     "folder": {"iters": 15000},
     # A smoke test: a small network from scratch, with a large learning rate.
     "scenes": {"backbone": "resnet18", "weights": "none", "output_stride": 8, "channels": 128,
                "crop": 97, "iters": 360, "lr": 0.1}}
-MAY_CHANGE = ("data_root", "workers", "device", "out", "eval_every", "resume")     # on --resume
 
 
 def parse_args(argv=None):
@@ -72,7 +71,7 @@ def parse_args(argv=None):
     add("--stem", choices=("7x7", "deep"), default="7x7",
         help="deep: the released code's, from resnet50 on")
     add("--weights", help="of the backbone: imagenet, none or a file *")
-    add("--init", metavar="FILE", help="start from the network of a checkpoint")
+    add("--init", help="start from the network of a checkpoint")
     add("--output-stride", type=int, choices=(8, 16), help="in training; validation uses 8 *")
     add("--channels", type=positive, help="of the attention, 512 or 256 in the paper *")
     add("--decoder", action="store_true", help="the released code's second 3x3")
@@ -93,7 +92,7 @@ def parse_args(argv=None):
     add("--lr", type=float, help="initial; decays by the poly policy *")
     add("--seed", type=int, default=0, help="of all that is random, default: 0")
     # running
-    add("--out", metavar="DIR", help="a new folder, default: out/DATASET")
+    add("--out", help="a new folder, default: out/DATASET")
     add("--resume", action="store_true", help="continue the run in --out, if there is one")
     add("--eval-every", type=positive, help="default: a tenth of --iters")
     add("--amp", choices=("auto", "bf16", "off"), default="auto", help="auto: bf16 where fast")
@@ -106,40 +105,40 @@ def parse_args(argv=None):
     args.eval_every = args.eval_every or max(1, args.iters // 10)
     if args.base_update == "backprop" and args.gradient == "none":
         parser.error("--base-update backprop needs --gradient full")
+    if args.stem == "deep" and args.backbone in ("resnet18", "resnet34"):
+        parser.error("--stem deep needs --backbone resnet50 or deeper")
     return args
 
 
 # ---- A step
 def segmentation_loss(logits, label):
-    """Cross entropy of logits (B, L, H, W) and label uint8 (B, H, W), divided by ALL pixels.
-
-    The released code does that, and lr 0.009 was tuned for it. The gradient is the same for any
-    number of processes, and 0 for a crop without labels, where a mean would be nan.
-    """
+    """Cross entropy of logits (B, L, H, W) and label uint8 (B, H, W), divided by the number of all
+    pixels. The released code does that, and lr 0.009 was tuned for it. A mean over the labelled
+    pixels would be nan for a crop that has none."""
     loss = F.cross_entropy(logits, label.long(), ignore_index=IGNORE, reduction="sum")
     return loss / label.numel()
 
 
 def batch_loss(model, batch, device, amp):
     """The loss of images uint8 (B, 3, crop, crop) and labels uint8 (B, crop, crop)."""
-    images, labels = (part.to(device, non_blocking=True) for part in batch)
+    images, labels = (tensor.to(device, non_blocking=True) for tensor in batch)
     with torch.autocast(device.type, amp, enabled=amp is not None):
         return segmentation_loss(model(normalise(images)), labels)
 
 
 def build_optimizer(net, lr):
-    """SGD as released: only weights of convolutions and linear layers decay, and biases get twice
-    the learning rate."""
-    weights, scales, biases = [], [], []
+    """SGD as released: only the weights of convolutions and linear layers decay, and biases have
+    twice the learning rate."""
+    weights, biases, others = [], [], []
     for name, p in net.named_parameters():
         if name.endswith("bias"):
             biases.append(p)
         elif p.ndim in (2, 4):
             weights.append(p)
-        else:                                               # BN's weights, and mu by backprop
-            scales.append(p)
+        else:
+            others.append(p)                                # BN's weights, and bases by backprop
     return torch.optim.SGD([{"params": weights, "lr_scale": 1, "weight_decay": 1e-4},
-                            {"params": scales, "lr_scale": 1},
+                            {"params": others, "lr_scale": 1},
                             {"params": biases, "lr_scale": 2}], lr, momentum=0.9)
 
 
@@ -149,30 +148,32 @@ def training_step(model, optimizer, batch, lr, accumulate, device, amp):
     torch.backends.cudnn.benchmark = True                   # all crops have one size
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
+    images, labels = batch
     total = 0
-    for part in zip(*(tensor.chunk(accumulate) for tensor in batch)):
+    for part in zip(images.chunk(accumulate), labels.chunk(accumulate)):
         loss = batch_loss(model, part, device, amp) / accumulate
         loss.backward()
-        total += loss.detach()
+        total += loss.detach()                              # item() would wait for the GPU
     optimizer.step()
     optimizer.zero_grad()
-    return total                                            # a tensor: no wait for the GPU
+    return total
 
 
 # ---- The run
 def train(args):
     # where to begin
-    checkpoint = find_checkpoint(args)
+    checkpoint = open_run(args)
     start = checkpoint["iteration"] if checkpoint else 0
     device = init_process(args.device)
     rank, world = rank_and_world()
     if world > 1:
-        starts = torch.tensor([start, -start], device=device)
-        dist.all_reduce(starts, dist.ReduceOp.MAX)
-        if starts.sum():                                    # the largest, minus the smallest
+        starts = [None] * world
+        dist.all_gather_object(starts, start)
+        if len(set(starts)) > 1:
             sys.exit(f"error: processes found different checkpoints: all must share {args.out}")
     if start == args.iters:
-        return print_on_rank0(f"the run in {args.out} is complete")
+        print_on_rank0(f"the run in {args.out} is complete")
+        return
 
     # data
     data, val = build_datasets(args, world)
@@ -183,7 +184,7 @@ def train(args):
 
     # network and optimiser
     torch.manual_seed(args.seed)
-    net, facts = build_network(args, checkpoint, data.classes)
+    net, header = build_network(args, checkpoint, data.classes)
     net.to(device, memory_format=torch.channels_last)
     if world > 1 and device.type == "cuda":                 # torch synchronises BN on GPUs only
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
@@ -194,38 +195,36 @@ def train(args):
         optimizer.load_state_dict(checkpoint["optimizer"])
         checkpoint = None                                   # frees its memory
 
+    # the loop
     amp = pick_amp(args.amp, device)
     log_start(args, data, val, net, start, device, amp)
     log_every = max(1, min(50, args.iters // 50))
     save_every = min(500, max(50, args.iters // 10))
     losses, since = [], time.time()
     for iteration, batch in zip(iterations, loader):
-        # Dropout is a function of (seed, iteration, rank): its state need not be saved.
-        torch.manual_seed((args.seed * args.iters + iteration) * world + rank)
+        # A seed for each iteration: a resumed run repeats the dropout.
+        torch.manual_seed(hash((args.seed, iteration, rank)))
         lr = args.lr * (1 - (iteration - 1) / args.iters) ** 0.9               # the "poly" policy
         losses.append(training_step(model, optimizer, batch, lr, args.accumulate, device, amp))
 
         validating = iteration % args.eval_every == 0 or iteration == args.iters
         saving = validating or iteration % save_every == 0
-        if not saving and iteration % log_every:
-            continue
-        # Weights are checked before they are saved.
-        log_losses(args, iteration, lr, losses, since, net.parameters() if saving else ())
-        if validating:
-            validate(net, val, args, iteration, device, facts)
-        if saving and rank == 0:
-            state = {"model": net.state_dict(), "optimizer": optimizer.state_dict(),
-                     "iteration": iteration, "args": vars(args)}
-            save_checkpoint(facts | state, f"{args.out}/last.pth")
-        losses, since = [], time.time()
-    print_on_rank0(
-        f"next: python evaluate.py --ckpt {args.out}/model.pth --data-root {args.data_root}")
+        if saving or iteration % log_every == 0:
+            # This ends a run that is no longer finite, before it is saved.
+            log_losses(args, iteration, lr, losses, since, net)
+            if validating:
+                validate(net, val, args, iteration, device, header)
+            if saving and rank == 0:
+                state = {"model": net.state_dict(), "optimizer": optimizer.state_dict(),
+                         "iteration": iteration, "args": vars(args)}
+                save_checkpoint(header | state, f"{args.out}/last.pth")
+            losses, since = [], time.time()
 
 
-def validate(net, val, args, iteration, device, facts):
+def validate(net, val, args, iteration, device, header):
     """Scores the network at output stride 8 (Sec. 6.1) and writes it to model.pth."""
     if dist.is_initialized():
-        # Without SyncBN, statistics differ: rank 0's are scored and saved.
+        # Without SyncBN the statistics of the processes differ. Rank 0's are scored and saved.
         for buffer in net.buffers():
             dist.broadcast(buffer, 0)
     net.set_output_stride(8)
@@ -234,12 +233,16 @@ def validate(net, val, args, iteration, device, facts):
     print_on_rank0(summary(val, result))
     write_log(args, iteration=iteration, **{f"val_{key}": v for key, v in result.items()})
     if rank_and_world()[0] == 0:
-        save_checkpoint(facts | {"model": net.state_dict()}, f"{args.out}/model.pth")
+        save_checkpoint(header | {"model": net.state_dict()}, f"{args.out}/model.pth")
 
 
 # ---- Before the first step
-def find_checkpoint(args):
-    """last.pth of the run that --resume continues, or None for a new run."""
+# These settings may differ on --resume.
+MAY_CHANGE = ("data_root", "workers", "device", "out", "eval_every", "resume")
+
+
+def open_run(args):
+    """Prepares the folder --out. Returns the last.pth that --resume finds there, else None."""
     if args.resume:
         os.makedirs(args.out, exist_ok=True)
     else:
@@ -258,20 +261,28 @@ def find_checkpoint(args):
 def build_datasets(args, world):
     """The data sets for training and validation."""
     data = build_dataset(args.dataset, args.data_root, args.split)
-    if data.labels is None:
-        sys.exit(f"error: {data.name} {data.split} has no labels to train on")
-    if len(data) < args.batch_size or args.batch_size % (world * args.accumulate):
-        sys.exit(f"error: --batch-size {args.batch_size}: at most the {len(data)} images, and a "
-                 f"multiple of {world} processes x --accumulate {args.accumulate}")
-    return data, build_dataset(args.dataset, args.data_root)
+    val = build_dataset(args.dataset, args.data_root)
+    for each in (data, val):
+        if each.labels is None:
+            sys.exit(f"error: {each.name} {each.split} has no labels")
+    if len(data) < args.batch_size:
+        sys.exit(f"error: {len(data)} images are fewer than --batch-size {args.batch_size}")
+    if args.batch_size % (world * args.accumulate):
+        sys.exit(f"error: --batch-size {args.batch_size} must be a multiple of {world} processes x "
+                 f"--accumulate {args.accumulate}")
+    return data, val
 
 
 def build_network(args, checkpoint, classes):
-    """The network, and what its checkpoints say of it; the output stride there is evaluation's."""
-    options = {"num_bases": args.num_bases, "iterations": args.em_iterations, "lam": args.lam,
-               "alpha": args.alpha, "base_update": args.base_update, "base_norm": args.base_norm,
-               "gradient": args.gradient}
-    options = {"emau": options, "a2": {"num_bases": args.num_bases}}.get(args.attention, {})
+    """The network, and the header of its checkpoints, from which load_checkpoint builds it again
+    at output stride 8."""
+    options = {}
+    if args.attention in ("emau", "a2"):
+        options["num_bases"] = args.num_bases
+    if args.attention == "emau":
+        options |= {"iterations": args.em_iterations, "lam": args.lam, "alpha": args.alpha,
+                    "base_update": args.base_update, "base_norm": args.base_norm,
+                    "gradient": args.gradient}
     arguments = {"num_classes": len(classes), "backbone": args.backbone, "stem": args.stem,
                  "output_stride": 8, "channels": args.channels, "decoder": args.decoder,
                  "attention": args.attention, **options}
@@ -279,10 +290,11 @@ def build_network(args, checkpoint, classes):
     net.set_output_stride(args.output_stride)
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
-            # differs: the released 3e-4 is 9 / 30,000 and leaves exp(-9) of the statistics' init.
-            # A shorter run has to move them faster.
-            module.momentum = min(0.1, max(3e-4, 9 / args.iters))
+            # differs: the released 3e-4 is 9 / 30,000. Shorter runs need faster statistics.
+            module.momentum = min(0.1, 9 / args.iters)
     if checkpoint:
+        if checkpoint["classes"] != classes:
+            sys.exit(f"error: the run in {args.out} has other classes than {args.data_root}")
         net.load_state_dict(checkpoint["model"])
     elif args.init:
         load_init(net, args.init, classes)
@@ -291,20 +303,19 @@ def build_network(args, checkpoint, classes):
 
 def load_init(net, path, classes):
     """Starts from the network of a checkpoint. A classifier of other classes is a new one."""
-    trained, own = load_checkpoint(path), net.state_dict()
-    state = trained.state_dict()
+    trained = load_checkpoint(path)
     if trained.classes != classes:
         print_on_rank0(f"{path} has other classes: the classifier is a new one")
-        state |= {key: own[key] for key in ("classifier.weight", "classifier.bias")}
+        trained.classifier = net.classifier
     try:
-        net.load_state_dict(state)
+        net.load_state_dict(trained.state_dict())
     except RuntimeError as error:
         raise OSError(f"{path}: another network: give the flags that trained it") from error
 
 
 # ---- Files
 def save_checkpoint(checkpoint, path):
-    """Writes a checkpoint whole or not at all: a temporary file is synced, then renamed."""
+    """Writes a checkpoint whole or not at all: only a file that is on the disk gets its name."""
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
@@ -314,31 +325,31 @@ def save_checkpoint(checkpoint, path):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:                # RuntimeError: torch's, on a full disk
         Path(temporary).unlink(missing_ok=True)
-        raise OSError(f"cannot write {path}, is the disk full? --resume continues from the "
-                      "previous one") from error
+        raise OSError(f"cannot write {path}: is the disk full?") from error
 
 
 def log_start(args, data, val, net, start, device, amp):
-    """Logs what is needed to repeat it."""
+    """Logs the settings, the weights, the images and the machine."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    origin = f"of iteration {start}" if start else args.init or net.backbone.weights_origin
-    facts = {"settings": vars(args), "weights": origin,
-             "images": f"{len(data)}, for validation {len(val)}",
-             "machine": f"{rank_and_world()[1]} x {name}, {'bfloat16' if amp else 'float32'}, "
-                        f"torch {torch.__version__}"}
-    for key, value in facts.items():
+    precision = "bfloat16" if amp else "float32"
+    record = {"settings": vars(args), "weights": args.init or net.backbone.weights_origin,
+              "start": start,
+              "images": f"{len(data)}, for validation {len(val)}",
+              "machine": f"{rank_and_world()[1]} x {name}, {precision}, torch {torch.__version__}"}
+    for key, value in record.items():
         print_on_rank0(f"{key}: {value}")
     # Mode "x" stops the second of two runs that start in one folder.
-    write_log(args, mode="a" if args.resume else "x", **facts)
+    write_log(args, mode="a" if args.resume else "x", **record)
 
 
-def log_losses(args, iteration, lr, losses, since, weights):
-    """Logs the latest iterations. Ends the run if loss or weights are not finite."""
-    loss, seconds = torch.stack(losses).mean(), (time.time() - since) / len(losses)
+def log_losses(args, iteration, lr, losses, since, net):
+    """Logs the latest iterations. Ends the run if the loss or a weight is not finite."""
+    seconds = (time.time() - since) / len(losses)
+    loss = torch.stack(losses).mean()
     if dist.is_initialized():
         dist.all_reduce(loss)
         loss /= dist.get_world_size()
-    if not all(value.isfinite().all() for value in (loss, *weights)):
+    if not all(value.isfinite().all() for value in (loss, *net.parameters())):
         sys.exit(f"error: iteration {iteration}: the loss ({loss:.4f}) or a weight is not finite: "
                  "give a lower --lr and another --out")
     print_on_rank0(f"iter {iteration:6d}/{args.iters} | loss {loss:.4f} | lr {lr:.2e} | "

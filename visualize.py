@@ -6,12 +6,13 @@
 Shapes: H x W pixels of an image, T iterations, K bases, h x w features of the padded image.
 """
 import argparse
+import os
 import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import ImageDraw, ImageFont
+from PIL import ImageDraw
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_segmentation_masks, make_grid
 
@@ -27,7 +28,9 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
 def responsibilities(net, image):
     """EMAU's z after 1 ... T rounds, for an image uint8 (3, H, W): float (K, T, H, W)."""
     padded = pad(normalise(image[None]), net.output_stride)  # (1, 3, H', W')
-    features, emau = net.reduce(net.backbone(padded)), net.attention  # (1, C, h, w)
+    features = net.reduce(net.backbone(padded))  # (1, C, h, w)
+    # As in EMAU.forward, once for each number of rounds.
+    emau = net.attention
     x = emau.conv1(features).flatten(2).transpose(1, 2)  # (1, N, C)
     z = torch.cat([emau.em(x, t)[0] for t in range(1, emau.iterations + 1)])  # (T, N, K)
     z = z.permute(2, 0, 1).unflatten(2, features.shape[2:])  # (K, T, h, w)
@@ -52,8 +55,10 @@ def picture(image, label, prediction, maps, classes):
     for basis in maps:  # (T, H, W)
         grey = (255 * basis / basis.max()).byte()  # (T, H, W)
         rows.append([panel.expand(3, -1, -1) for panel in grey])
-    width, white = max(len(row) for row in rows), torch.full_like(image, 255)
-    panels = [panel for row in rows for panel in row + [white] * (width - len(row))]
+    width = max(len(row) for row in rows)
+    panels = []
+    for row in rows:                                        # short rows end with white panels
+        panels += row + [torch.full_like(image, 255)] * (width - len(row))
     return to_pil_image(make_grid(panels, nrow=width, padding=4, pad_value=255))
 
 
@@ -66,11 +71,10 @@ def overlay(image, label, classes):
     colours = [tuple(palette[c].tolist()) for c in present]
     masks = torch.stack([label == c for c in present])  # (classes present, H, W)
     panel = to_pil_image(draw_segmentation_masks(image, masks, alpha=0.6, colors=colours))
-    # White outlines: some of VOC's colours cannot be read.
-    for row, (c, colour) in enumerate(zip(present, colours)):
-        ImageDraw.Draw(panel).text(
-            (4, 4 + 17 * row), classes[c], colour, ImageFont.load_default(13), stroke_width=2,
-            stroke_fill="white")
+    draw = ImageDraw.Draw(panel)
+    for row, c in enumerate(present):                       # dark colours need the white outline
+        draw.text((4, 4 + 17 * row), classes[c], colours[row], font_size=13, stroke_width=2,
+                  stroke_fill="white")
     return pil_to_tensor(panel)  # (3, H, W)
 
 
@@ -78,8 +82,9 @@ def overlay(image, label, classes):
 def own_images(path):
     """Yields name, image uint8 (3, H, W), rotated as its EXIF says, and an empty label (H, W)."""
     files = [Path(path)]
-    if files[0].is_dir():
-        files = sorted(file for file in files[0].glob("[!.]*") if file.suffix.lower() in SUFFIXES)
+    if os.path.isdir(path):
+        files = [file for file in sorted(Path(path).glob("[!.]*"))
+                 if file.suffix.lower() in SUFFIXES]
     if not files:
         raise FileNotFoundError(f"{path}: no file ends in one of {SUFFIXES}")
     for file in files:
@@ -99,7 +104,7 @@ def parse_args(argv=None):
     add("--data-root", default="datasets", help="its folder, default: datasets")
     add("--split", help="default: the validation list")
     add("--count", type=positive, default=4, help="images, default: 4")
-    add("--image", metavar="FILE|DIR", help="your own image, or a folder")
+    add("--image", metavar="FILE|DIR", help="your own image or folder")
     add("--bases", type=int, nargs="+", help="default: those with the most pixels")
     add("--out", metavar="DIR", help="a new folder, default: beside the checkpoint")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto")
@@ -114,18 +119,20 @@ def main(argv=None):
     else:
         data = open_dataset(args, net)
         images = ((name, *data[i]) for i, name in enumerate(data.ids[:args.count]))
-    out = Path(args.out or Path(args.ckpt).parent / "pictures")
-    if args.out:                                            # the default may be reused
+    out = Path(args.ckpt).parent / "pictures"               # may be written again
+    if args.out:
+        out = Path(args.out)
         new_folder(out)
     device = init_process(args.device)
     net.to(device, memory_format=torch.channels_last)
     for name, image, label in images:
         prediction = predict(net, image.to(device)).argmax(0).byte().cpu()  # (H, W)
-        bases, maps = [], []
+        bases = []
+        maps = []
         if isinstance(net.attention, EMAU):
             z = responsibilities(net, image.to(device))  # (K, T, H, W)
             bases = args.bases or fullest_bases(z)
-            if not set(bases) <= set(range(len(z))):
+            if not 0 <= min(bases) <= max(bases) < len(z):
                 sys.exit(f"error: --bases: choose from 0 to {len(z) - 1}")
             maps = z[bases]  # (bases, T, H, W)
         path = out / f"{name}.png"

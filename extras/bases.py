@@ -1,4 +1,4 @@
-"""What the bases of trained networks do, in numbers (Sec. 6.5), and mIoU by the EM rounds (Fig. 4).
+"""What the bases of trained networks do, in numbers, and mIoU by the EM rounds (Fig. 4).
 
     python -m extras.bases --ckpt out/voc/model.pth
     python -m extras.bases --ckpt out/*/model.pth --em-iterations 1 2 3 4 8 16
@@ -9,7 +9,6 @@ import argparse
 import sys
 
 import torch
-import torch.nn.functional as F
 
 from data import DATASETS, normalise
 from ema import EMAU, load_checkpoint
@@ -18,28 +17,22 @@ from evaluate import evaluate, init_process, open_dataset, pad, positive, run
 
 @torch.no_grad()
 def base_statistics(emau, x):
-    """What the bases do on pixels x (B, N, C), averaged over the images:
+    """What the bases do on the pixels x (B, N, C), averaged over the images:
 
-    length      mean |x|: together with lambda the temperature of Eq. 12
-    perplexity  exp of the entropy of z, mean over pixels: how many bases share a pixel, 1..K
     used        bases that are the largest of some pixel, 1..K
-    cosine      mean cosine between two bases
+    perplexity  exp of the entropy of z, mean over pixels: how many bases share a pixel, 1..K
     rank        effective rank of the centred X~ = z mu^T: exp of the entropy of the shares that
                 its directions have in the variance
     """
     z, mu = (part.cpu() for part in emau.em(x, emau.iterations))  # (B, N, K), (B, C, K)
-    K = mu.shape[2]
     entropy = -(z * z.clamp_min(1e-30).log()).sum(2)  # (B, N)
-    unit = F.normalize(mu, dim=1)  # (B, C, K)
-    cosines = unit.transpose(1, 2) @ unit  # (B, K, K)
     # With centred z = q r, the small r mu^T has the singular values of the centred X~.
     _, r = torch.linalg.qr(z - z.mean(1, keepdim=True), mode="r")  # (B, K, K)
     share = torch.linalg.svdvals(r @ mu.transpose(1, 2)) ** 2  # (B, K)
     share = share / share.sum(1, keepdim=True).clamp_min(1e-30)  # (B, K)
-    return {"length": x.norm(dim=2).mean().item(), "perplexity": entropy.exp().mean().item(),
-            "used": sum(len(bases.unique()) for bases in z.argmax(2)) / len(z),
-            "cosine": ((cosines.sum((1, 2)) - K) / (K * max(K - 1, 1))).mean().item(),
-            "rank": (-(share * share.clamp_min(1e-30).log()).sum(1)).exp().mean().item()}
+    rank = -(share * share.clamp_min(1e-30).log()).sum(1)  # (B,)
+    return {"used": sum(len(bases.unique()) for bases in z.argmax(2)) / len(z),
+            "perplexity": entropy.exp().mean().item(), "rank": rank.exp().mean().item()}
 
 
 @torch.no_grad()
@@ -52,13 +45,6 @@ def mean_statistics(net, data, device, count=16):
         x = net.attention.conv1(features).flatten(2).transpose(1, 2)  # (1, N, C)
         each.append(base_statistics(net.attention, x))
     return {key: sum(e[key] for e in each) / len(each) for key in each[0]}
-
-
-def statistics_line(bases, num_bases):
-    """The numbers of mean_statistics in a line."""
-    return (f"bases | |x| {bases['length']:.1f} | perplexity of z {bases['perplexity']:.1f} of "
-            f"{num_bases} | {bases['used']:.0f} in use | cosine {bases['cosine']:.2f} | effective "
-            f"rank {bases['rank']:.1f}")
 
 
 def parse_args(argv=None):
@@ -78,29 +64,25 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    args, runs = parse_args(argv), []
-    for path in args.paths:                                 # all are checked before one is scored
+    args = parse_args(argv)
+    device = init_process(args.device)
+    for path in args.paths:
         net, args.ckpt = load_checkpoint(path), path
         if not isinstance(net.attention, EMAU):
             sys.exit(f"error: {path} has no EMAU, so it has no bases")
         data = open_dataset(args, net)
         if args.em_iterations and data.labels is None:
             sys.exit(f"error: {data.name} {data.split} has no labels for --em-iterations")
-        runs.append((path, net, data))
-    device, table = init_process(args.device), []
-    for path, net, data in runs:
         net.to(device, memory_format=torch.channels_last)
-        line = statistics_line(mean_statistics(net, data, device), net.attention.mu.shape[2])
-        print(f"{path} | {data.name} {data.split}\n{line}", flush=True)
-        row = f"  trained at T = {net.attention.iterations:<3d}"
-        for net.attention.iterations in args.em_iterations:
-            miou = evaluate(net, data, device, workers=args.workers)["miou"]
-            row += f"{100 * miou:8.2f}"
-        table.append(f"{row}   {path} | {data.name} {data.split}")
-        net.cpu()                                           # makes room for the next one
-    if args.em_iterations:
-        print("  mIoU at T =       " + "".join(f"{T:8d}" for T in args.em_iterations), *table,
-              sep="\n")
+        found, K = mean_statistics(net, data, device), net.attention.mu.shape[2]
+        print(f"{path} | {data.name} {data.split} | {found['used']:.1f} of {K} bases in use | "
+              f"{found['perplexity']:.1f} share a pixel | effective rank {found['rank']:.1f}")
+        if args.em_iterations:
+            row = f"  trained at T = {net.attention.iterations:<3d}"
+            for net.attention.iterations in args.em_iterations:
+                miou = evaluate(net, data, device, workers=args.workers)["miou"]
+                row += f"{100 * miou:8.2f}"
+            print(f"  mIoU at T =       {''.join(f'{T:8d}' for T in args.em_iterations)}\n{row}")
 
 
 if __name__ == "__main__":

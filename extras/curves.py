@@ -49,19 +49,23 @@ def curves(paths):
     return sheet
 
 
-def plot(draw, left, series, title):
-    """Lines through each series of points x, y (n, 2), in the panel at `left`. Axes begin at 0."""
+def plot(draw, left, series, title, low=0):
+    """Lines through each series of points x, y (n, 2), in the panel at `left`. The axes begin at x
+    = 0 and y = low."""
     left, top, right, bottom = left + 48, 30, left + PANEL[0] - 20, PANEL[1] - 24
-    high = np.concatenate([np.full((1, 2), 1e-9), *series]).max(0)  # (2,)
+    low = np.array([0, low])  # (2,)
+    high = np.concatenate([[low + 1e-9], *series]).max(0)  # (2,)
     draw.text((left, 8), title, "black", FONT)
     for share in np.linspace(0, 1, 5):                      # grid lines and their numbers
         x, y = left + share * (right - left), bottom + share * (top - bottom)
         draw.line((left, y, right, y), fill=(225, 225, 225))
-        draw.text((left - 44, y - 7), f"{share * high[1]:.3g}", "black", FONT)
-        draw.text((x, bottom + 4), f"{share * high[0]:g}", "black", FONT, anchor="ma")
+        at = low + share * (high - low)  # (2,)
+        draw.text((left - 44, y - 7), f"{at[1]:.3g}", "black", FONT)
+        draw.text((x, bottom + 4), f"{at[0]:g}", "black", FONT, anchor="ma")
     for i, points in enumerate(series):
-        points = points / high * (right - left, top - bottom) + (left, bottom)  # (n, 2)
-        line, colour = [tuple(point) for point in points], COLOURS[i % len(COLOURS)]
+        points = (points - low) / (high - low) * (right - left, top - bottom)  # (n, 2)
+        line = [(left + x, bottom + y) for x, y in points]
+        colour = COLOURS[i % len(COLOURS)]
         draw.line(line, fill=colour, width=2)
         for x, y in line if len(line) < 20 else ():         # a line of one point shows nothing
             draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour)

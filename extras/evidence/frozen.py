@@ -1,9 +1,9 @@
 """The paper's ablations in small: only the head is trained, on frozen features of photographs.
 
-    python -m extras.evidence.frozen features --data-root DIR --weights FILE   # once, 20 minutes
-    python -m extras.evidence.frozen run --part 0           # the even runs; --part 1: the odd ones
-    python -m extras.evidence.frozen run --only "emau gradient=full, lr 0.03, seed 0"     # again
-    python -m extras.evidence.frozen table
+    python -m extras.evidence.frozen --features DIR --weights FILE     # once, 20 minutes
+    python -m extras.evidence.frozen --part 0               # the even runs; --part 1: the odd ones
+    python -m extras.evidence.frozen --only "emau gradient=full, lr 0.03, seed 0"         # again
+    python -m extras.evidence.frozen --table                # --figures draws Figs. 3 and 4
 
 Each run becomes a line of frozen.jsonl; what has a line is not run again. README.md beside this
 file has the protocol. Shapes: B images, 21 x 21 positions, C = 256 channels, L = 21 classes.
@@ -18,17 +18,19 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 from torch import nn
 
 from backbone import DilatedResNet
 from data import VOC_CLASSES, SegmentationDataset, normalise, schedule
 from ema import EMAU, conv_bn_relu
 from evaluate import confusion_matrix, run, scores
+from extras.curves import COLOURS, FONT, PANEL, plot
 from extras.relatives import RELATIVES
 from train import build_optimizer, segmentation_loss
 
 HERE = Path(__file__).resolve().parent
-STORE = Path("out/frozen_features.pt")
+LOG, STORE = HERE / "frozen.jsonl", Path("out/frozen_features.pt")
 SIDE, CHANNELS, BATCH, ITERS = 321, 256, 8, 1200
 NINE = (0, 8, 9, 10, 12, 13, 15, 17, 18)        # classes with at least 15 images for validation
 ROUNDS = (1, 2, 3, 4, 8, 16)                    # T in evaluation
@@ -162,18 +164,19 @@ def judge(head, store):
     return found
 
 
-def run_all(part, only):
-    store, done = torch.load(STORE), read_scores()
+def train_runs(names, log):
+    """Trains and judges runs, and adds a line for each to a log."""
+    store = torch.load(STORE)
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, check=False,
                             capture_output=True, text=True).stdout.strip()
-    for name in [only] if only else [n for n in all_runs()[part::2] if n not in done]:
+    for name in names:
         began = time.time()
         arm, lr, seed = name.replace("lr ", "").replace("seed ", "").split(", ")
         head = build_head(arm, int(seed))
         train_head(head, store, float(lr), int(seed))
         line = {"name": name, "iou": judge(head, store), "seconds": round(time.time() - began),
                 "commit": commit, "torch": torch.__version__}
-        with open(HERE / ("frozen.jsonl" if not only else "frozen_again.jsonl"), "a") as file:
+        with open(log, "a") as file:
             print(json.dumps(line), file=file)
         print(f"{name}: {line['seconds']} s", flush=True)
 
@@ -181,10 +184,9 @@ def run_all(part, only):
 # ---- Tables
 def read_scores():
     """{name of a run: {T: mean IoU of the nine classes, in %}}, of the runs that there are."""
-    path = HERE / "frozen.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = map(json.loads, LOG.read_text().splitlines())
     return {line["name"]: {int(T): 100 * np.mean([iou[c] for c in NINE])
-                           for T, iou in line["iou"].items()} for line in map(json.loads, lines)}
+                           for T, iou in line["iou"].items()} for line in lines}
 
 
 def found(scores, arm, lr, seeds, T=None):
@@ -219,23 +221,55 @@ def print_table(what, scores):
     print()
 
 
+def draw_figures(scores):
+    """assets/fig4.png is the matrix of Fig. 4: T in training downwards, in evaluation to the right.
+    assets/fig3.png has the curves of Fig. 3 over T in evaluation."""
+    sheets = [Image.new("RGB", (2 * PANEL[0], PANEL[1]), "white") for _ in range(2)]
+    fig4, fig3 = map(ImageDraw.Draw, sheets)
+    matrices = np.array([[found(scores, arm, 0.03, 3, T).mean() for T in ROUNDS]
+                         for arm in FIG4]).reshape(2, -1, len(ROUNDS))  # (gradients, T, T)
+    share = (matrices - matrices.min()) / np.ptp(matrices)  # (gradients, T, T)
+    for (panel, row, column), value in np.ndenumerate(matrices):
+        x, y = panel * PANEL[0] + 70 + 70 * column, 60 + 50 * row
+        blue = 255 - int(150 * share[panel, row, column])
+        fig4.rectangle((x, y, x + 68, y + 48), (blue, blue, 255))
+        fig4.text((x + 34, y + 24), f"{value:.2f}", "black", FONT, anchor="mm")
+        fig4.text((x + 34, 50), f"T = {ROUNDS[column]}", "black", FONT, anchor="mm")
+        fig4.text((x - 70 * column - 8, y + 24), FIG4[row][-1], "black", FONT, anchor="rm")
+    for panel, emau in enumerate((NONE, FULL)):
+        fig4.text((panel * PANEL[0] + 70, 12), emau, "black", FONT)
+    for panel, arms in enumerate((FIG3[0:7:3], FIG3[:3])):
+        series = [np.array([(T, found(scores, arm, 0.03, 3, T).mean()) for T in ROUNDS])
+                  for arm in arms]  # (T, 2) each
+        plot(fig3, panel * PANEL[0], series, "mean IoU over T in evaluation", low=57)
+        for i, arm in enumerate(arms):
+            fig3.text((panel * PANEL[0] + 280, 200 + 21 * i), arm, COLOURS[i], FONT)
+    for sheet, name in zip(sheets, ("fig4", "fig3")):
+        sheet.save(HERE.parent.parent / f"assets/{name}.png")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("do", choices=("features", "run", "table"))
-    parser.add_argument("--data-root", default="datasets", help="of VOC at 320 pixels")
-    parser.add_argument("--weights", help="ResNet-50's ImageNet weights, a file")
-    parser.add_argument("--part", type=int, choices=(0, 1), default=0, help="half of the runs")
-    parser.add_argument("--only", help="one run by its name, into frozen_again.jsonl")
+    add = parser.add_argument
+    add("--features", metavar="DIR", help="make the features of VOC at 320 pixels in this folder")
+    add("--weights", metavar="FILE", help="ResNet-50's ImageNet weights, for --features")
+    add("--part", type=int, choices=(0, 1), help="train this half of the runs")
+    add("--only", metavar="NAME", help="train one run, into frozen_again.jsonl")
+    add("--table", action="store_true", help="print the tables")
+    add("--figures", action="store_true", help="draw Figs. 3 and 4")
     args = parser.parse_args(argv)
-    if args.do == "features":
-        make_features(args.data_root, args.weights)
-    elif args.do == "run":
-        run_all(args.part, args.only)
-    else:
-        scores_of_runs = read_scores()
+    if args.features:
+        make_features(args.features, args.weights)
+    if args.only:
+        train_runs([args.only], HERE / "frozen_again.jsonl")
+    elif args.part is not None:
+        train_runs([name for name in all_runs()[args.part::2] if name not in read_scores()], LOG)
+    if args.table:
         for what in TABLES:
-            print_table(what, scores_of_runs)
+            print_table(what, read_scores())
+    if args.figures:
+        draw_figures(read_scores())
 
 
 if __name__ == "__main__":

@@ -1,19 +1,11 @@
-"""The experiment on VOC's photographs: its table, and the picture of the cat.
+"""The experiment on VOC's photographs: its table, from voc320.jsonl.
 
-    python -m extras.evidence.photographs --table           # from voc320.jsonl
-    python -m extras.evidence.photographs --none none.pth --emau emau.pth      # -> assets/cat.png
+    python -m extras.evidence.photographs
 """
-import argparse
 import json
 from pathlib import Path
 
 import numpy as np
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
-
-from data import read_image
-from ema import load_checkpoint
-from evaluate import predict, run
-from visualize import fullest_bases, picture, responsibilities
 
 HERE = Path(__file__).resolve().parent
 NINE = (0, 8, 9, 10, 12, 13, 15, 17, 18)        # classes with at least 15 images for validation
@@ -37,33 +29,5 @@ def table():
     return "\n".join(lines)
 
 
-def cat(plain, net):
-    """Chelsea, the predictions of a network without attention and of one with EMAU. Below, the
-    three bases that hold most pixels, round by round (Fig. 5)."""
-    image = to_pil_image(read_image(HERE / "chelsea.png"))
-    image.thumbnail((320, 320))                             # as large as those in training
-    image = pil_to_tensor(image)  # (3, H, W)
-    predictions = [predict(each, image).argmax(0).byte() for each in (plain, net)]  # (H, W) each
-    z = responsibilities(net, image)  # (K, T, H, W)
-    return picture(image, *predictions, z[fullest_bases(z)[:3]], net.classes)
-
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", action="store_true", help="print the table")
-    parser.add_argument("--none", metavar="FILE", help="checkpoint of the arm none")
-    parser.add_argument("--emau", metavar="FILE", help="checkpoint of the arm emau-none")
-    args = parser.parse_args(argv)
-    if args.table:
-        print(table())
-    elif args.none and args.emau:
-        out = HERE.parent.parent / "assets/cat.png"
-        cat(load_checkpoint(args.none), load_checkpoint(args.emau)).save(out)
-        print(f"wrote {out}")
-    else:
-        parser.error("give --table, or --none and --emau")
-
-
 if __name__ == "__main__":
-    run(main)
+    print(table())
