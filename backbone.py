@@ -54,8 +54,8 @@ class DilatedResNet(nn.Module):
         if output_stride not in (8, 16):
             raise ValueError(f"output stride {output_stride}: it must be 8 or 16")
         self.output_stride = output_stride
-        # A removed stride doubles the rates after it, and the multi-grid multiplies those of layer4
-        # by 1, 2, 4 (Sec. 6.1). As in torchvision, a layer's first block keeps the rate before it.
+        # At stride 8 layer3 has rate 2, and layer4 has 4 times the multi-grid 1, 2, 4 (Sec. 6.1).
+        # As in torchvision, a layer's first block keeps the rate before it: hence 2, 8, 16.
         blocks = len(self.layer3)
         if output_stride == 8:
             set_rates(self.layer3, [1] + [2] * (blocks - 1), stride=1)
@@ -91,8 +91,7 @@ def set_rates(layer, rates, stride):
             if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
                 module.dilation = module.padding = (rate, rate)
     first = layer[0]
-    bottleneck = hasattr(first, "conv3")
-    strided = first.conv2 if bottleneck else first.conv1
+    strided = first.conv2 if hasattr(first, "conv3") else first.conv1      # Bottleneck, BasicBlock
     strided.stride = (stride, stride)
     first.downsample[0].stride = (stride, stride)
 
@@ -110,7 +109,7 @@ def deepen_stem(net):
 
 
 def read_checkpoint(path):
-    """The dict that torch.save wrote to a file: weights, or a checkpoint. Code in it never runs.
+    """The dict that torch.save wrote to a file: weights, or a checkpoint. Runs no code in it.
     OSError if there is no such file, or it is damaged."""
     try:
         # torch writes checksums but never compares them.

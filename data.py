@@ -43,7 +43,7 @@ class SegmentationDataset(Dataset):
     ids: the names of the images.
     images, labels: the paths of their files. If `labels` is None, all labels are 255.
     """
-    scales = SCALES
+    scales = SCALES                                         # of training crops; scenes have others
 
     def __init__(self, name, split, classes, to_class, ids, images, labels):
         self.name = name
@@ -134,16 +134,16 @@ def coco2017(name, root, split):
     """COCO-Stuff 164K, or coco2voc: the same files with VOC's classes and everything else as
     background (Sec. 6.2.3). Labels hold id - 1, or 255 for unlabelled."""
     base = root / f"images/{split}2017"
-    ids = sorted(path.stem for path in base.glob("[!.]*.jpg"))
+    ids = sorted(path.stem for path in base.glob("[!.]*.jpg"))      # not macOS's ._ files
     images = find_files(base, ids, ".jpg")
     labels = find_files(root / f"annotations/{split}2017", ids, ".png")
     if name == "coco2voc":
         classes = VOC_CLASSES
         to_class = {raw: 0 for raw in range(182)}
-        to_class |= {raw - 1: c for c, raw in enumerate(COCO_OF_VOC, 1)}
+        to_class |= {i - 1: c for c, i in enumerate(COCO_OF_VOC, 1)}
     else:
         classes = COCO_CLASSES
-        to_class = {raw - 1: c for raw, c in COCO_TO_CLASS.items()}
+        to_class = {i - 1: c for i, c in COCO_TO_CLASS.items()}
     to_class[255] = IGNORE
     return SegmentationDataset(name, split, classes, to_class, ids, images, labels)
 
@@ -183,7 +183,7 @@ def find_files(folder, ids, *suffixes, optional=False):
     """The path of each id in a folder. An id like "city/0001" lies in a sub-folder. None if the
     files are optional and all missing, like the labels of VOC's test images."""
     found = {}
-    # In reverse order im0.jpg comes after im0.png, and replaces it.
+    # Reversed, so that of im0.jpg and im0.png the .jpg is found last and stays.
     for file in sorted(glob("**", root_dir=folder, recursive=True), reverse=True):
         name, suffix = splitext(file)
         if suffix.lower() in suffixes:
@@ -206,7 +206,7 @@ def read_image(path, exif=False):
             rgb = pil_to_tensor(image.convert("RGB"))  # (3, H, W)
     except Exception as error:                              # Pillow raises many kinds
         raise OSError(f"{path}: not an image, or damaged ({error}): replace it") from error
-    if image.mode[0] in "IF":                               # convert() clipped what exceeds 255
+    if image.mode[0] in "IF":                               # 16 or 32 bits, clipped by convert()
         raise OSError(f"{path}: gray of more than 8 bits: save it with 8")
     return rgb
 
@@ -252,37 +252,37 @@ class TrainView(Dataset):
         scale = rng.choice(self.data.scales)
         # differs: only a cut-out window is scaled. The released code scales the whole image, and
         # its labels are 0.3 to 0.5 pixels off on average.
-        top, height, new_height = self.window(rng, image.shape[1], scale)
-        left, width, new_width = self.window(rng, image.shape[2], scale)
+        top, height, scaled_height = self.window(rng, image.shape[1], scale)
+        left, width, scaled_width = self.window(rng, image.shape[2], scale)
         box = (top, left, height, width)
-        size = (new_height, new_width)
-        image = resized_crop(image, *box, size, antialias=False)  # (3, new_height, new_width)
+        size = (scaled_height, scaled_width)
+        image = resized_crop(image, *box, size, antialias=False)  # (3, scaled_height, scaled_width)
         label = resized_crop(label[None], *box, size, InterpolationMode.NEAREST_EXACT)[0]
 
         # The padding is the mean colour, which normalisation turns into about 0.
-        new_image = MEAN.round().byte().repeat(1, self.crop, self.crop)  # (3, crop, crop)
-        new_image[:, :new_height, :new_width] = image
-        new_label = torch.full((self.crop, self.crop), IGNORE, dtype=torch.uint8)  # (crop, crop)
-        new_label[:new_height, :new_width] = label
+        padded_image = MEAN.round().byte().repeat(1, self.crop, self.crop)  # (3, crop, crop)
+        padded_image[:, :scaled_height, :scaled_width] = image
+        padded_label = torch.full((self.crop, self.crop), IGNORE, dtype=torch.uint8)  # (crop, crop)
+        padded_label[:scaled_height, :scaled_width] = label
         if rng.random() < 0.5:
-            return new_image.flip(2), new_label.flip(1)
-        return new_image, new_label
+            return padded_image.flip(2), padded_label.flip(1)
+        return padded_image, padded_label
 
     def window(self, rng, length, scale):
-        """One side of the window, in an image of this length: where it starts, how long it is, and
-        how long after scaling. Where the image is too short, the rest of the crop is padding."""
-        new = min(self.crop, max(1, round(length * scale)))
-        part = min(length, round(new / scale))
+        """The window along one side of the image: its start, its length, and its length after
+        scaling. If that is less than the crop, the rest is padding."""
+        scaled = min(self.crop, max(1, round(length * scale)))
+        part = min(length, round(scaled / scale))
         if scale != 1 and part % 2 == 0:
-            # Odd: scaled labels of an even length lie half a pixel off.
+            # An even length, scaled exactly, would put labels up to half a pixel off.
             part += 1 if part < length else -1
-        return rng.integers(length - part + 1), part, new
+        return rng.integers(length - part + 1), part, scaled
 
 
 def schedule(data, batch_size, seed, iterations, rank=0, world=1):
-    """Batch sampler: yields this process's share of the batch of each iteration, counted from 1, as
-    keys of TrainView. The seed and the iteration determine a batch. Each epoch is a new shuffle and
-    drops its last, incomplete batch."""
+    """Batch sampler: for each iteration, counted from 1, this process's share of the batch, as keys
+    of TrainView. Seed and iteration determine it. Each epoch is a new shuffle and drops its last,
+    incomplete batch."""
     for iteration in iterations:
         epoch, step = divmod(iteration - 1, len(data) // batch_size)
         order = np.random.default_rng((seed, epoch)).permutation(len(data))

@@ -1,18 +1,18 @@
 """Expectation-maximization attention (Li et al., ICCV 2019): EMAU, its bases, and EMANet.
 
     net = EMANet(num_classes=21, backbone="resnet50")
-    net = load_checkpoint("model.pth")      # a file of train.py, or of the released code
+    net = load_checkpoint("model.pth")      # or: a checkpoint of train.py or the released code
     logits = net(images)                    # (B, 3, H, W) normalised -> (B, L, H, W)
 
 Shapes: B images, C channels, N = h * w pixels of one feature map, K bases, L classes. Images are
-H x W, features h x w with h = ceil(H / S), S the output stride. The symbols are the paper's:
+H x W, features h x w with h = ceil(H / S), S the output stride. These symbols, and the numbers of
+equations and sections, are the paper's:
 
     x   (B, N, C)  the pixels
     mu  (B, C, K)  the bases
     z   (B, N, K)  the responsibilities: how much of each pixel each basis takes
 
-So are the numbers of equations and sections. `differs:` marks a departure from the paper or from
-the code that its authors released.
+`differs:` marks a departure from the paper or from the code that its authors released.
 """
 import torch
 import torch.distributed as dist
@@ -69,7 +69,7 @@ class EMAU(nn.Module):
         # small that z is nearly uniform.
         nn.init.kaiming_normal_(self.conv1.weight)
         nn.init.kaiming_normal_(self.conv2[0].weight)
-        # Without a gradient conv1 must be frozen: DistributedDataParallel would wait for one.
+        # A parameter without a gradient is frozen, or DistributedDataParallel would wait for it.
         self.conv1.requires_grad_(gradient == "full")
         mu = F.normalize(torch.randn(1, channels, num_bases), dim=1)  # (1, C, K)
         if base_update == "backprop":
@@ -92,7 +92,7 @@ class EMAU(nn.Module):
     def em(self, x, iterations):
         """Rounds of EM on the pixels x (B, N, C), from the initial bases. Returns the last round's
         z (B, N, K) and mu (B, C, K)."""
-        # A copy: update_bases changes self.mu, and the backward pass needs it unchanged.
+        # A copy: update_bases changes self.mu, and a kernel may need it for the backward pass.
         mu = self.mu.repeat(x.shape[0], 1, 1)  # (B, C, K)
         for _ in range(iterations):
             z = self.e_step(x, mu)  # (B, N, K)
@@ -101,8 +101,8 @@ class EMAU(nn.Module):
 
     def e_step(self, x, mu):
         """Responsibilities (Eqs. 10-12): z_nk = softmax over k of lambda x_n . mu_k."""
-        # To try another kernel, change this line. The Euclidean one, exp(-lambda |x - mu|^2), would
-        # only double lambda if all bases had length 1; but the initial ones, averages, are shorter.
+        # Another kernel goes here. The Euclidean one, exp(-lambda |x - mu|^2), equals this one with
+        # 2 lambda if all bases have length 1. The initial bases, being averages, are shorter.
         return torch.softmax(x @ (self.lam * mu), dim=2)  # (B, N, K)  rows sum to one
 
     def m_step(self, x, z):
@@ -117,8 +117,8 @@ class EMAU(nn.Module):
 
     @torch.no_grad()
     def update_bases(self, mu):
-        """Moves the initial bases towards the mean of the final ones (B, C, K) over the batches of
-        all processes, which must be of one size."""
+        """Moves the initial bases towards the final ones (B, C, K), averaged over the images of all
+        processes. Every process must have equally many."""
         # differs: the released code does this in its training loop, for one process.
         mean = mu.mean(dim=0, keepdim=True)  # (1, C, K)
         if dist.is_initialized():
@@ -144,7 +144,7 @@ class EMANet(nn.Module):
         super().__init__()
         self.backbone = DilatedResNet(backbone, stem, weights, output_stride)
         self.reduce = conv_bn_relu(self.backbone.out_channels, channels)
-        self.decoder = nn.Sequential()
+        self.decoder = nn.Identity()
         if decoder:
             self.decoder = nn.Sequential(*conv_bn_relu(channels, 256), nn.Dropout2d(0.1))
         self.classifier = nn.Conv2d(256 if decoder else channels, num_classes, 1)
@@ -162,7 +162,7 @@ class EMANet(nn.Module):
         x = self.reduce(x)  # (B, C, h, w)
         x = self.attention(x)  # (B, C, h, w)
         x = self.decoder(x)  # (B, C or 256, h, w)
-        with torch.autocast(x.device.type, enabled=False):  # in bfloat16 the two best often tie
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 makes close logits tie
             logits = self.classifier(x.to(self.classifier.weight.dtype))  # (B, L, h, w)
         return F.interpolate(
             logits, images.shape[2:], mode="bilinear", align_corners=True)  # (B, L, H, W)
@@ -186,7 +186,7 @@ def load_checkpoint(path):
 
     A checkpoint of train.py is the dict {"model": state dict, "network": EMANet's arguments,
     "dataset": name, "classes": [names]}; the last two become attributes of the network. A
-    released checkpoint has the key "net". Any other file raises OSError.
+    released checkpoint has the key "net". A file without either raises OSError.
     """
     checkpoint = read_checkpoint(path)
     if "net" in checkpoint:

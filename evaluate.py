@@ -29,7 +29,7 @@ MS_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 def predict(net, image, ms_flip=False, amp=None):
     """Logits (L, H, W) of an image uint8 (3, H, W), by a network in eval mode.
 
-    ms_flip: sum the logits over MS_SCALES and over mirror images.
+    ms_flip: sum the logits over MS_SCALES and mirror images.
     amp: the dtype of autocast, or None.
     """
     size = image.shape[1:]
@@ -86,7 +86,7 @@ def evaluate(net, data, device, *, ms_flip=False, amp=None, workers=2, save_png=
     net.eval()
     torch.backends.cudnn.benchmark = False                  # images are of many sizes
     start = time.time()
-    # Each process takes every world-th image. DistributedSampler would count some twice.
+    # Every world-th image. DistributedSampler would count some twice.
     rank, world = rank_and_world()
     mine = range(rank, len(data), world)
     loader = make_loader(data, device, workers, batch_size=None, sampler=mine)
@@ -94,11 +94,11 @@ def evaluate(net, data, device, *, ms_flip=False, amp=None, workers=2, save_png=
     confusion = torch.zeros(L, L, dtype=torch.int64, device=device)
     for i, (image, label) in zip(mine, loader):
         logits = predict(net, image.to(device), ms_flip, amp)  # (L, H, W)
-        _, prediction = logits.max(0)  # (H, W)  on CPUs this is faster than argmax
+        _, prediction = logits.max(0)  # (H, W)  faster than argmax on CPUs
         confusion += confusion_matrix(prediction, label.to(device), L)
         if save_png:
             save_index_png(prediction.cpu(), f"{save_png}/{data.ids[i]}.png", data.classes)
-        if i % (100 * world) == 0:
+        if i > 0 and i % (100 * world) == 0:
             print_on_rank0(f"  {i}/{len(data)}")
     if world > 1:
         dist.all_reduce(confusion)
@@ -109,11 +109,11 @@ def summary(data, result, ms_flip=False):
     """A line about an evaluation, in percent."""
     mode = "ms-flip" if ms_flip else "ss"
     L = len(data.classes)
-    judged = L - result["iou"].count(None)
-    if judged == 0:
+    occurring = L - result["iou"].count(None)
+    if occurring == 0:
         return f"eval {data.name} {data.split} {mode} | no pixel has a label"
-    some = f" ({judged} of {L} classes occur)" if judged < L else ""
-    return (f"eval {data.name} {data.split} {mode} | mIoU {100 * result['miou']:.2f}{some} | "
+    note = f" ({occurring} of {L} classes occur)" if occurring < L else ""
+    return (f"eval {data.name} {data.split} {mode} | mIoU {100 * result['miou']:.2f}{note} | "
             f"pixAcc {100 * result['pixacc']:.2f} | mAcc {100 * result['macc']:.2f} | "
             f"{len(data)} images | {result['seconds']:.0f} s")
 
@@ -149,7 +149,8 @@ def main(argv=None):
     result = evaluate(net, data, device, ms_flip=args.ms_flip, amp=pick_amp(args.amp, device),
                       workers=args.workers, save_png=args.save_png)
     for name, iou in zip(data.classes, result["iou"]):
-        print_on_rank0(f"  {name:20s} " + ("absent" if iou is None else f"{100 * iou:6.2f}"))
+        if iou is not None:
+            print_on_rank0(f"  {name:20s} {100 * iou:6.2f}")
     print_on_rank0(summary(data, result, args.ms_flip))
 
 
@@ -175,20 +176,21 @@ def new_folder(path, advice="choose another folder"):
         raise FileExistsError(f"{path} is not empty: {advice}")
 
 
-def init_process(name):
+def init_process(choice):
     """The device of this process. Under torchrun, which sets LOCAL_RANK, it joins the others and
     gets a GPU of its own."""
-    local = int(os.environ.get("LOCAL_RANK", "0"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     gpus = torch.cuda.device_count()
     device = torch.device("cpu")
-    if name == "cuda" or (name == "auto" and gpus > 0):
-        if local >= gpus:
+    if choice == "cuda" or (choice == "auto" and gpus > 0):
+        if local_rank >= gpus:
             sys.exit(f"error: torch sees {gpus} GPUs, and each process needs one")
-        device = torch.device("cuda", local)
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if "LOCAL_RANK" in os.environ:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                                 timeout=timedelta(seconds=TIMEOUT))
+        dist.barrier()                                      # no results before all have joined
     return device
 
 
@@ -221,14 +223,14 @@ def make_loader(data, device, workers, **sampling):
 
 
 def hide_tracebacks(worker):
-    # The main process reports a worker's error. Only Ctrl-C would print more.
+    # A worker's error reaches the main process. This hides Ctrl-C's.
     sys.excepthook = lambda *error: None
 
 
 def run(main, on_interrupt="stopped"):
     """Runs a script's main. Ctrl-C, and a file that is missing or wrong, become one line."""
     if hasattr(sys.stdout, "reconfigure"):                  # not in notebooks
-        # The terminal may lack letters of a file's name.
+        # Some names cannot be printed by some terminals.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()

@@ -37,8 +37,7 @@ from evaluate import (
     summary,
 )
 
-# Defaults of the flags marked * (Sec. 6.1), and what each data set changes.
-# differs: the stem is torchvision's 7x7, for its weights. Table 1's backbone has the deep one.
+# Defaults of the flags marked * below, the paper's (Sec. 6.1), and what each data set changes.
 PAPER = {"split": "train", "backbone": "resnet101", "weights": "imagenet", "output_stride": 16,
          "channels": 512, "crop": 513, "iters": 30000, "lr": 0.009}
 RECIPES = {
@@ -50,7 +49,7 @@ RECIPES = {
     "cocostuff164k": {"output_stride": 8, "iters": 80000},
     "coco2voc": {"iters": 150000},                          # the first of three stages (Sec. 6.2.3)
     "folder": {"iters": 15000},
-    # A smoke test: a small network from scratch, with a large learning rate.
+    # A smoke test: a small network from scratch.
     "scenes": {"backbone": "resnet18", "weights": "none", "output_stride": 8, "channels": 128,
                "crop": 97, "iters": 360, "lr": 0.1}}
 
@@ -61,13 +60,14 @@ def parse_args(argv=None):
         formatter_class=argparse.RawDescriptionHelpFormatter, epilog="* see PAPER and RECIPES")
     add = parser.add_argument
     # data
-    add("--dataset", choices=DATASETS, default="scenes", help="default: scenes, without files")
+    add("--dataset", choices=DATASETS, default="scenes", help="default: scenes")
     add("--data-root", default="datasets", help="folder of the data set, default: datasets")
     add("--split", help="list of images to train on *")
     add("--crop", type=positive, help="side of the crops in pixels *")
     add("--workers", type=int, default=2, help="for each process, default: 2")
     # network
     add("--backbone", choices=RESNETS, help="*")
+    # differs: Table 1's backbone has the deep stem.
     add("--stem", choices=("7x7", "deep"), default="7x7",
         help="deep: the released code's, from resnet50 on")
     add("--weights", help="of the backbone: imagenet, none or a file *")
@@ -166,11 +166,7 @@ def train(args):
     start = checkpoint["iteration"] if checkpoint else 0
     device = init_process(args.device)
     rank, world = rank_and_world()
-    if world > 1:
-        starts = [None] * world
-        dist.all_gather_object(starts, start)
-        if len(set(starts)) > 1:
-            sys.exit(f"error: processes found different checkpoints: all must share {args.out}")
+    check_starts(args, start, world)
     if start == args.iters:
         print_on_rank0(f"the run in {args.out} is complete")
         return
@@ -202,7 +198,7 @@ def train(args):
     save_every = min(500, max(50, args.iters // 10))
     losses, since = [], time.time()
     for iteration, batch in zip(iterations, loader):
-        # A seed for each iteration: a resumed run repeats the dropout.
+        # A seed for each iteration and process: a resumed run repeats the dropout.
         torch.manual_seed(hash((args.seed, iteration, rank)))
         lr = args.lr * (1 - (iteration - 1) / args.iters) ** 0.9               # the "poly" policy
         losses.append(training_step(model, optimizer, batch, lr, args.accumulate, device, amp))
@@ -210,8 +206,8 @@ def train(args):
         validating = iteration % args.eval_every == 0 or iteration == args.iters
         saving = validating or iteration % save_every == 0
         if saving or iteration % log_every == 0:
-            # This ends a run that is no longer finite, before it is saved.
-            log_losses(args, iteration, lr, losses, since, net)
+            # Before saving: this ends a run that is no longer finite.
+            log_or_stop(args, iteration, lr, losses, since, net)
             if validating:
                 validate(net, val, args, iteration, device, header)
             if saving and rank == 0:
@@ -224,7 +220,7 @@ def train(args):
 def validate(net, val, args, iteration, device, header):
     """Scores the network at output stride 8 (Sec. 6.1) and writes it to model.pth."""
     if dist.is_initialized():
-        # Without SyncBN the statistics of the processes differ. Rank 0's are scored and saved.
+        # Without SyncBN each process has other statistics. Rank 0's are scored and saved.
         for buffer in net.buffers():
             dist.broadcast(buffer, 0)
     net.set_output_stride(8)
@@ -246,16 +242,25 @@ def open_run(args):
     if args.resume:
         os.makedirs(args.out, exist_ok=True)
     else:
-        new_folder(args.out, "--resume continues its run, --out starts another")
+        new_folder(args.out, "--resume continues its run, another --out starts a new one")
     if not Path(args.out, "last.pth").exists():
         return None
     checkpoint = read_checkpoint(f"{args.out}/last.pth")
     for key, before in checkpoint["args"].items():
-        now = getattr(args, key, before)
+        now = getattr(args, key)
         if now != before and key not in MAY_CHANGE:
             sys.exit(f"error: the run in {args.out} has {key} {before}, not {now}: keep that, or "
                      "give another --out")
     return checkpoint
+
+
+def check_starts(args, start, world):
+    """Ends the job if its processes found different checkpoints."""
+    starts = [start] * world
+    if world > 1:
+        dist.all_gather_object(starts, start)
+    if len(set(starts)) > 1:
+        sys.exit(f"error: processes found different checkpoints: all must share {args.out}")
 
 
 def build_datasets(args, world):
@@ -293,8 +298,6 @@ def build_network(args, checkpoint, classes):
             # differs: the released 3e-4 is 9 / 30,000. Shorter runs need faster statistics.
             module.momentum = min(0.1, 9 / args.iters)
     if checkpoint:
-        if checkpoint["classes"] != classes:
-            sys.exit(f"error: the run in {args.out} has other classes than {args.data_root}")
         net.load_state_dict(checkpoint["model"])
     elif args.init:
         load_init(net, args.init, classes)
@@ -302,11 +305,11 @@ def build_network(args, checkpoint, classes):
 
 
 def load_init(net, path, classes):
-    """Starts from the network of a checkpoint. A classifier of other classes is a new one."""
+    """Starts from the network of a checkpoint. If its classes differ, the classifier stays new."""
     trained = load_checkpoint(path)
     if trained.classes != classes:
         print_on_rank0(f"{path} has other classes: the classifier is a new one")
-        trained.classifier = net.classifier
+        trained.classifier = net.classifier                 # will be loaded into itself
     try:
         net.load_state_dict(trained.state_dict())
     except RuntimeError as error:
@@ -329,22 +332,21 @@ def save_checkpoint(checkpoint, path):
 
 
 def log_start(args, data, val, net, start, device, amp):
-    """Logs the settings, the weights, the images and the machine."""
+    """Logs settings, weights, images and machine."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    precision = "bfloat16" if amp else "float32"
-    record = {"settings": vars(args), "weights": args.init or net.backbone.weights_origin,
-              "start": start,
+    origin = "last.pth" if start else args.init or net.backbone.weights_origin
+    record = {"settings": vars(args), "start": start, "weights": origin,
               "images": f"{len(data)}, for validation {len(val)}",
-              "machine": f"{rank_and_world()[1]} x {name}, {precision}, torch {torch.__version__}"}
+              "machine": f"{rank_and_world()[1]} x {name}, {amp or torch.float32}, "
+                         f"torch {torch.__version__}"}
     for key, value in record.items():
         print_on_rank0(f"{key}: {value}")
     # Mode "x" stops the second of two runs that start in one folder.
     write_log(args, mode="a" if args.resume else "x", **record)
 
 
-def log_losses(args, iteration, lr, losses, since, net):
+def log_or_stop(args, iteration, lr, losses, since, net):
     """Logs the latest iterations. Ends the run if the loss or a weight is not finite."""
-    seconds = (time.time() - since) / len(losses)
     loss = torch.stack(losses).mean()
     if dist.is_initialized():
         dist.all_reduce(loss)
@@ -352,6 +354,7 @@ def log_losses(args, iteration, lr, losses, since, net):
     if not all(value.isfinite().all() for value in (loss, *net.parameters())):
         sys.exit(f"error: iteration {iteration}: the loss ({loss:.4f}) or a weight is not finite: "
                  "give a lower --lr and another --out")
+    seconds = (time.time() - since) / len(losses)           # by now the GPU is done
     print_on_rank0(f"iter {iteration:6d}/{args.iters} | loss {loss:.4f} | lr {lr:.2e} | "
                    f"{1000 * seconds:.0f} ms | "
                    f"eta {seconds * (args.iters - iteration) / 60:.0f} min")

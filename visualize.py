@@ -72,9 +72,9 @@ def overlay(image, label, classes):
     masks = torch.stack([label == c for c in present])  # (classes present, H, W)
     panel = to_pil_image(draw_segmentation_masks(image, masks, alpha=0.6, colors=colours))
     draw = ImageDraw.Draw(panel)
-    for row, c in enumerate(present):                       # dark colours need the white outline
-        draw.text((4, 4 + 17 * row), classes[c], colours[row], font_size=13, stroke_width=2,
-                  stroke_fill="white")
+    for row, c in enumerate(present):
+        draw.text((4, 4 + 17 * row), classes[c], colours[row], font_size=13,
+                  stroke_width=2, stroke_fill="white")      # dark colours need the outline
     return pil_to_tensor(panel)  # (3, H, W)
 
 
@@ -119,7 +119,7 @@ def main(argv=None):
     else:
         data = open_dataset(args, net)
         images = ((name, *data[i]) for i, name in enumerate(data.ids[:args.count]))
-    out = Path(args.ckpt).parent / "pictures"               # may be written again
+    out = Path(args.ckpt).parent / "pictures"               # overwritten by the next call
     if args.out:
         out = Path(args.out)
         new_folder(out)

@@ -190,12 +190,11 @@ def read_scores():
 
 
 def found(scores, arm, lr, seeds, T=None):
-    """Mean IoU of each seed (seeds,), with T rounds or as many as in training; nan if not run."""
+    """Mean IoU of each seed (seeds,), with T rounds, by default as many as in training."""
     if T is None:
         T = 0 if "emau" not in arm else int(dict(
             word.split("=") for word in arm.split()[1:]).get("iterations", 3))
-    names = [name_of(arm, lr, seed) for seed in range(seeds)]
-    return np.array([scores[name][T] if name in scores else np.nan for name in names])
+    return np.array([scores[name_of(arm, lr, seed)][T] for seed in range(seeds)])
 
 
 def print_table(what, scores):
@@ -207,17 +206,14 @@ def print_table(what, scores):
     print(f"{what:62s}runs   mean   dev.  - control  error{heads}")
     for lr, arm in itertools.product(lrs, arms):
         values = found(scores, arm, lr, seeds)  # (seeds,)
-        runs = np.isfinite(values).sum()
-        row = f"{arm + f', lr {lr}':62s}{runs:4d}" + (f"{np.nanmean(values):7.2f}" if runs else "")
-        if runs > 1:
-            row += f"{np.nanstd(values, ddof=1):7.2f}"
-            pairs = values - found(scores, "control", lr, seeds)  # (seeds,)
-            pairs = pairs[np.isfinite(pairs)]
-            if len(pairs) > 1:
-                row += f"{pairs.mean():+11.2f}{pairs.std(ddof=1) / len(pairs) ** 0.5:7.2f}"
-        for T in rounds if runs else ():
-            row = f"{row:98s}{np.nanmean(found(scores, arm, lr, seeds, T)):6.1f}"
-        print(row if runs else f"{row}  not run")
+        row = f"{arm + f', lr {lr}':62s}{seeds:4d}{values.mean():7.2f}"
+        if seeds > 1:
+            gain = values - found(scores, "control", lr, seeds)  # (seeds,)
+            row += (f"{values.std(ddof=1):7.2f}{gain.mean():+11.2f}"
+                    f"{gain.std(ddof=1) / seeds ** 0.5:7.2f}")
+        for T in rounds:
+            row += f"{found(scores, arm, lr, seeds, T).mean():6.1f}"
+        print(row)
     print()
 
 
