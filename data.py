@@ -75,7 +75,8 @@ class SegmentationDataset(Dataset):
         return image, torch.from_numpy(label)
 
 
-# ---- The data sets, one function each: where the files are, and which value is which class
+# ---- The data sets. Each function gets a name of DATASETS, the folder --data-root and the name of
+# a list. It says where the files are, and which value in a label file is which class.
 def voc(name, root, split):
     """PASCAL VOC 2012. Its list trainaug needs SBD, or a SegmentationClassAug/ folder."""
     base = root / "VOCdevkit/VOC2012"

@@ -78,6 +78,7 @@ class EMAU(nn.Module):
             self.register_buffer("mu", mu)
 
     def forward(self, features):  # (B, C, h, w)
+        # As in Fig. 2, from left to right: conv1, EM, re-estimation of the pixels, conv2, sum.
         x = self.conv1(features).flatten(2).transpose(1, 2)  # (B, N, C)
         if self.gradient == "none":
             x = x.detach()                                  # EM is a constant in the backward pass

@@ -203,10 +203,10 @@ def print_table(what, scores):
     arms, lrs, seeds = TABLES[what]
     rounds = ROUNDS if what.startswith("Fig.") else ()
     heads = "".join(f"  T={T:2d}" for T in rounds)
-    print(f"{what:62s}runs   mean   dev.  - control  error{heads}")
+    print(f"{what:66s}runs   mean   dev.  - control  error{heads}")
     for lr, arm in itertools.product(lrs, arms):
         values = found(scores, arm, lr, seeds)  # (seeds,)
-        row = f"{arm + f', lr {lr}':62s}{seeds:4d}{values.mean():7.2f}"
+        row = f"{arm + f', lr {lr}':66s}{seeds:4d}{values.mean():7.2f}"
         if seeds > 1:
             gain = values - found(scores, "control", lr, seeds)  # (seeds,)
             row += (f"{values.std(ddof=1):7.2f}{gain.mean():+11.2f}"
@@ -218,8 +218,7 @@ def print_table(what, scores):
 
 
 def draw_figures(scores):
-    """assets/fig4.png is the matrix of Fig. 4: T in training downwards, in evaluation to the right.
-    assets/fig3.png has the curves of Fig. 3 over T in evaluation."""
+    """assets/fig4.png is the matrix of Fig. 4, assets/fig3.png has the curves of Fig. 3."""
     sheets = [Image.new("RGB", (2 * PANEL[0], PANEL[1]), "white") for _ in range(2)]
     fig4, fig3 = map(ImageDraw.Draw, sheets)
     matrices = np.array([[found(scores, arm, 0.03, 3, T).mean() for T in ROUNDS]
@@ -233,13 +232,14 @@ def draw_figures(scores):
         fig4.text((x + 34, 50), f"T = {ROUNDS[column]}", "black", FONT, anchor="mm")
         fig4.text((x - 70 * column - 8, y + 24), FIG4[row][-1], "black", FONT, anchor="rm")
     for panel, emau in enumerate((NONE, FULL)):
-        fig4.text((panel * PANEL[0] + 70, 12), emau, "black", FONT)
+        title = f"{emau}, T in training (rows) and evaluation (columns)"
+        fig4.text((panel * PANEL[0] + 70, 12), title, "black", FONT)
     for panel, arms in enumerate((FIG3[0:7:3], FIG3[:3])):
         series = [np.array([(T, found(scores, arm, 0.03, 3, T).mean()) for T in ROUNDS])
                   for arm in arms]  # (T, 2) each
         plot(fig3, panel * PANEL[0], series, "mean IoU over T in evaluation", low=57)
         for i, arm in enumerate(arms):
-            fig3.text((panel * PANEL[0] + 280, 200 + 21 * i), arm, COLOURS[i], FONT)
+            fig3.text((panel * PANEL[0] + 240, 220 + 21 * i), arm[len(FULL):], COLOURS[i], FONT)
     for sheet, name in zip(sheets, ("fig4", "fig3")):
         sheet.save(HERE.parent.parent / f"assets/{name}.png")
 
