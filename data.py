@@ -171,67 +171,6 @@ DATASETS = {"voc": voc, "context": context, "context60": context, "cocostuff": c
             "cocostuff164k": coco2017, "coco2voc": coco2017, "folder": folder, "scenes": scenes}
 
 
-# ---- Files
-def read_list(path):
-    """The non-empty lines of a text file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no {path}: is --data-root right? (README, Data)")
-    lines = path.read_text(encoding="utf-8-sig").splitlines()
-    return [line.strip() for line in lines if line.strip()]
-
-
-def find_files(folder, ids, *suffixes, optional=False):
-    """The path of each id in a folder. An id like "city/0001" lies in a sub-folder. None if the
-    files are optional and all missing, like the labels of VOC's test images."""
-    found = {}
-    # Reversed, so that of im0.jpg and im0.png the .jpg is found last and stays.
-    for file in sorted(glob("**", root_dir=folder, recursive=True), reverse=True):
-        name, suffix = splitext(file)
-        if suffix.lower() in suffixes:
-            found[name] = f"{folder}/{file}"
-    missing = [i for i in ids if i not in found]
-    if optional and len(missing) == len(ids):
-        return None
-    if missing or not ids:
-        raise FileNotFoundError(
-            f"{folder}: {len(missing)} of {len(ids)} files are missing, such as {missing[:1]} + "
-            f"{suffixes}: is --data-root right, and has the list names without suffix?")
-    return [found[i] for i in ids]
-
-
-def read_image(path, exif=False):
-    """An image file as uint8 (3, H, W). exif: apply its EXIF rotation; labels have none."""
-    try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file) if exif else file
-            rgb = pil_to_tensor(image.convert("RGB"))  # (3, H, W)
-    except Exception as error:                              # Pillow raises many kinds
-        raise OSError(f"{path}: not an image, or damaged ({error}): replace it") from error
-    if image.mode[0] in "IF":                               # 16 or 32 bits, clipped by convert()
-        raise OSError(f"{path}: gray of more than 8 bits: save it with 8")
-    return rgb
-
-
-def read_label(path):
-    """The raw values of a label file (H, W): a PNG of class indices, or the .mat of SBD (GTcls),
-    PASCAL Context (LabelMap) or COCO-Stuff 10K (S)."""
-    try:
-        if path.endswith(".mat"):
-            mat = loadmat(path, variable_names=["GTcls", "LabelMap", "S"])
-            if "GTcls" in mat:
-                return mat["GTcls"][0, 0]["Segmentation"]  # (H, W)
-            raw = mat["LabelMap"] if "LabelMap" in mat else mat["S"]  # (H, W)
-            return raw.astype(np.uint16)                    # values reach 459
-        with Image.open(path) as file:
-            raw = np.array(file, np.uint8)  # (H, W)
-    except Exception as error:                              # Pillow and scipy raise many kinds
-        raise OSError(f"{path}: not a label file, or damaged ({error}): replace it") from error
-    if file.format != "PNG" or file.mode not in ("P", "L", "1"):
-        raise OSError(f"{path}: {file.format} {file.mode}: a label must be a PNG of class indices, "
-                      "palette or 8-bit gray")
-    return raw
-
-
 # ---- What a run trains on
 class TrainView(Dataset):
     """Random scale, crop and flip of a data set (Sec. 6.1).
@@ -296,6 +235,67 @@ def normalise(images):
     mean = MEAN.to(images.device, non_blocking=True)  # (3, 1, 1)
     std = STD.to(images.device, non_blocking=True)  # (3, 1, 1)
     return (images.float() - mean) / std  # (B, 3, H, W)
+
+
+# ---- What a first reading may skip: files
+def read_list(path):
+    """The non-empty lines of a text file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}: is --data-root right? (README, Data)")
+    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    return [line.strip() for line in lines if line.strip()]
+
+
+def find_files(folder, ids, *suffixes, optional=False):
+    """The path of each id in a folder. An id like "city/0001" lies in a sub-folder. None if the
+    files are optional and all missing, like the labels of VOC's test images."""
+    found = {}
+    # Reversed, so that of im0.jpg and im0.png the .jpg is found last and stays.
+    for file in sorted(glob("**", root_dir=folder, recursive=True), reverse=True):
+        name, suffix = splitext(file)
+        if suffix.lower() in suffixes:
+            found[name] = f"{folder}/{file}"
+    missing = [i for i in ids if i not in found]
+    if optional and len(missing) == len(ids):
+        return None
+    if missing or not ids:
+        raise FileNotFoundError(
+            f"{folder}: {len(missing)} of {len(ids)} files are missing, such as {missing[:1]} + "
+            f"{suffixes}: is --data-root right, and has the list names without suffix?")
+    return [found[i] for i in ids]
+
+
+def read_image(path, exif=False):
+    """An image file as uint8 (3, H, W). exif: apply its EXIF rotation; labels have none."""
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file) if exif else file
+            rgb = pil_to_tensor(image.convert("RGB"))  # (3, H, W)
+    except Exception as error:                              # Pillow raises many kinds
+        raise OSError(f"{path}: not an image, or damaged ({error}): replace it") from error
+    if image.mode[0] in "IF":                               # 16 or 32 bits, clipped by convert()
+        raise OSError(f"{path}: gray of more than 8 bits: save it with 8")
+    return rgb
+
+
+def read_label(path):
+    """The raw values of a label file (H, W): a PNG of class indices, or the .mat of SBD (GTcls),
+    PASCAL Context (LabelMap) or COCO-Stuff 10K (S)."""
+    try:
+        if path.endswith(".mat"):
+            mat = loadmat(path, variable_names=["GTcls", "LabelMap", "S"])
+            if "GTcls" in mat:
+                return mat["GTcls"][0, 0]["Segmentation"]  # (H, W)
+            raw = mat["LabelMap"] if "LabelMap" in mat else mat["S"]  # (H, W)
+            return raw.astype(np.uint16)                    # values reach 459
+        with Image.open(path) as file:
+            raw = np.array(file, np.uint8)  # (H, W)
+    except Exception as error:                              # Pillow and scipy raise many kinds
+        raise OSError(f"{path}: not a label file, or damaged ({error}): replace it") from error
+    if file.format != "PNG" or file.mode not in ("P", "L", "1"):
+        raise OSError(f"{path}: {file.format} {file.mode}: a label must be a PNG of class indices, "
+                      "palette or 8-bit gray")
+    return raw
 
 
 # ---- Colours

@@ -106,7 +106,7 @@ def evaluate(net, data, device, *, ms_flip=False, amp=None, workers=2, save_png=
 
 
 def summary(data, result, ms_flip=False):
-    """A line about an evaluation, in percent."""
+    """A line on an evaluation, in percent."""
     mode = "ms-flip" if ms_flip else "ss"
     L = len(data.classes)
     occurring = L - result["iou"].count(None)
@@ -155,14 +155,14 @@ def main(argv=None):
 
 
 def open_dataset(args, net):
-    """The data set of --dataset, or the network's."""
+    """The data set of --dataset or the network."""
     data = build_dataset(args.dataset or net.dataset, args.data_root, args.split)
     if data.classes != net.classes:
         sys.exit(f"error: {args.ckpt} has other classes than {data.name}, or another order")
     return data
 
 
-# ---- Processes and devices, for all scripts
+# ---- What a first reading may skip: processes and devices
 def positive(text):
     if int(text) < 1:
         raise ValueError                                    # argparse turns it into a message
@@ -228,9 +228,9 @@ def hide_tracebacks(worker):
 
 
 def run(main, on_interrupt="stopped"):
-    """Runs a script's main. Ctrl-C, and a file that is missing or wrong, become one line."""
+    """Runs a script's main. Ctrl-C and a missing or wrong file become one line."""
     if hasattr(sys.stdout, "reconfigure"):                  # not in notebooks
-        # Some names cannot be printed by some terminals.
+        # for names that the terminal cannot print
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()

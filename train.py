@@ -232,8 +232,8 @@ def validate(net, val, args, iteration, device, header):
         save_checkpoint(header | {"model": net.state_dict()}, f"{args.out}/model.pth")
 
 
-# ---- Before the first step
-# These settings may differ on --resume.
+# ---- What a first reading may skip: preparations
+# May differ on --resume.
 MAY_CHANGE = ("data_root", "workers", "device", "out", "eval_every", "resume")
 
 
@@ -255,7 +255,7 @@ def open_run(args):
 
 
 def check_starts(args, start, world):
-    """Ends the job if its processes found different checkpoints."""
+    """Ends the job if processes found different checkpoints."""
     starts = [start] * world
     if world > 1:
         dist.all_gather_object(starts, start)
