@@ -19,10 +19,9 @@ from torchvision.transforms.functional import pil_to_tensor
 from torchvision.transforms.v2.functional import InterpolationMode, resized_crop
 
 IGNORE = 255                      # label of ignored pixels
-ILLEGAL = 254                     # marks values that a label file must not contain
+ILLEGAL = 254                     # in place of a class, for any other value
 MEAN = 255 * torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)        # ImageNet's, for 0..255
 STD = 255 * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)             # of training crops, as released
 
 
 def build_dataset(name, root="datasets", split=None):
@@ -43,7 +42,7 @@ class SegmentationDataset(Dataset):
     ids: the names of the images.
     images, labels: the paths of their files. If `labels` is None, all labels are 255.
     """
-    scales = SCALES                                         # of training crops; scenes have others
+    scales = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)         # of training crops, as released
 
     def __init__(self, name, split, classes, to_class, ids, images, labels):
         self.name = name
@@ -71,7 +70,7 @@ class SegmentationDataset(Dataset):
         if (label == ILLEGAL).any():
             value = raw[label == ILLEGAL][0]
             raise OSError(f"{path}: label value {value} is none of the {len(self.classes)} classes "
-                          f"of {self.name} (does classes.txt lack background?)")
+                          f"of {self.name} (README, Data)")
         return image, torch.from_numpy(label)
 
 
@@ -92,8 +91,6 @@ def voc(name, root, split):
         labels = find_files(base / "SegmentationClass", train, ".png")
         labels += find_files(sbd / "cls", added, ".mat")
     elif split == "trainaug":
-        if not (lists / "trainaug.txt").exists():
-            raise FileNotFoundError(f"trainaug needs {sbd} (README, Data); or give --split train")
         ids = read_list(lists / "trainaug.txt")
         labels = find_files(base / "SegmentationClassAug", ids, ".png")
     else:
@@ -133,7 +130,7 @@ def cocostuff(name, root, split):
 
 def coco2017(name, root, split):
     """COCO-Stuff 164K, or coco2voc: the same files with VOC's classes and everything else as
-    background (Sec. 6.2.3). Labels hold id - 1, or 255 for unlabelled."""
+    background (Sec. 6.2.3). Labels hold COCO's id - 1, or 255 for unlabelled."""
     base = root / f"images/{split}2017"
     ids = sorted(path.stem for path in base.glob("[!.]*.jpg"))      # not macOS's ._ files
     images = find_files(base, ids, ".jpg")
@@ -141,10 +138,10 @@ def coco2017(name, root, split):
     if name == "coco2voc":
         classes = VOC_CLASSES
         to_class = {raw: 0 for raw in range(182)}
-        to_class |= {i - 1: c for c, i in enumerate(COCO_OF_VOC, 1)}
+        to_class |= {coco_id - 1: c for c, coco_id in enumerate(COCO_OF_VOC, 1)}
     else:
         classes = COCO_CLASSES
-        to_class = {i - 1: c for i, c in COCO_TO_CLASS.items()}
+        to_class = {coco_id - 1: c for coco_id, c in COCO_TO_CLASS.items()}
     to_class[255] = IGNORE
     return SegmentationDataset(name, split, classes, to_class, ids, images, labels)
 
@@ -214,15 +211,16 @@ class TrainView(Dataset):
         scaled = min(self.crop, max(1, round(length * scale)))
         part = min(length, round(scaled / scale))
         if scale != 1 and part % 2 == 0:
-            # An even length, scaled exactly, would put labels up to half a pixel off.
-            part += 1 if part < length else -1
+            # If an even length is halved, each label comes from the second of two pixels, which is
+            # half a pixel off. With an odd length such errors cancel.
+            part = part + 1 if part < length else part - 1
         return rng.integers(length - part + 1), part, scaled
 
 
 def schedule(data, batch_size, seed, iterations, rank=0, world=1):
-    """Batch sampler: for each iteration, counted from 1, this process's share of the batch, as keys
-    of TrainView. Seed and iteration determine it. Each epoch is a new shuffle and drops its last,
-    incomplete batch."""
+    """Batch sampler: yields the keys of this process's share of the batch, for each iteration from
+    1. Each epoch has its own shuffle, and drops its last, incomplete batch. The shuffle is computed
+    again for each batch, so that a run can resume anywhere."""
     for iteration in iterations:
         epoch, step = divmod(iteration - 1, len(data) // batch_size)
         order = np.random.default_rng((seed, epoch)).permutation(len(data))
@@ -250,11 +248,10 @@ def find_files(folder, ids, *suffixes, optional=False):
     """The path of each id in a folder. An id like "city/0001" lies in a sub-folder. None if the
     files are optional and all missing, like the labels of VOC's test images."""
     found = {}
-    # Reversed, so that of im0.jpg and im0.png the .jpg is found last and stays.
-    for file in sorted(glob("**", root_dir=folder, recursive=True), reverse=True):
+    for file in sorted(glob("**", root_dir=folder, recursive=True)):
         name, suffix = splitext(file)
         if suffix.lower() in suffixes:
-            found[name] = f"{folder}/{file}"
+            found.setdefault(name, f"{folder}/{file}")      # im0.jpg, not im0.png beside it
     missing = [i for i in ids if i not in found]
     if optional and len(missing) == len(ids):
         return None
@@ -273,7 +270,7 @@ def read_image(path, exif=False):
             rgb = pil_to_tensor(image.convert("RGB"))  # (3, H, W)
     except Exception as error:                              # Pillow raises many kinds
         raise OSError(f"{path}: not an image, or damaged ({error}): replace it") from error
-    if image.mode[0] in "IF":                               # 16 or 32 bits, clipped by convert()
+    if image.mode.startswith(("I", "F")):                   # 16 or 32 bits, clipped by convert()
         raise OSError(f"{path}: gray of more than 8 bits: save it with 8")
     return rgb
 

@@ -52,7 +52,6 @@ class EMAU(nn.Module):
         assert base_update in BASE_UPDATES, base_update
         assert base_norm in BASE_NORMS, base_norm
         assert gradient in GRADIENTS, gradient
-        assert gradient == "full" or base_update != "backprop", "backprop needs gradient full"
         assert iterations >= 1, iterations
         self.iterations = iterations
         self.lam = lam
@@ -65,14 +64,15 @@ class EMAU(nn.Module):
         self.conv1 = nn.Conv2d(channels, channels, 1)
         self.conv2 = nn.Sequential(
             nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels))
-        # Both start as in the released code. With torch's smaller default, inner products are so
-        # small that z is nearly uniform.
+        # The weights start as in the released code. With torch's default, which is smaller, z would
+        # be nearly uniform.
         nn.init.kaiming_normal_(self.conv1.weight)
         nn.init.kaiming_normal_(self.conv2[0].weight)
-        # A parameter without a gradient is frozen, or DistributedDataParallel would wait for it.
+        # Frozen if no gradient reaches it: DistributedDataParallel would wait for one.
         self.conv1.requires_grad_(gradient == "full")
         mu = F.normalize(torch.randn(1, channels, num_bases), dim=1)  # (1, C, K)
         if base_update == "backprop":
+            assert gradient == "full", "base_update backprop needs gradient full"
             self.mu = nn.Parameter(mu)
         else:
             self.register_buffer("mu", mu)
@@ -93,7 +93,7 @@ class EMAU(nn.Module):
     def em(self, x, iterations):
         """Rounds of EM on the pixels x (B, N, C), from the initial bases. Returns the last round's
         z (B, N, K) and mu (B, C, K)."""
-        # A copy: update_bases changes self.mu, and a kernel may need it for the backward pass.
+        # A copy: update_bases overwrites self.mu, and the backward pass may need the old one.
         mu = self.mu.repeat(x.shape[0], 1, 1)  # (B, C, K)
         for _ in range(iterations):
             z = self.e_step(x, mu)  # (B, N, K)
@@ -108,7 +108,7 @@ class EMAU(nn.Module):
 
     def m_step(self, x, z):
         """Bases (Eq. 13): means of the pixels weighted by z, then normalised (Sec. 5.3)."""
-        # Both 1e-6 are as released. They keep a basis without pixels finite.
+        # Both 1e-6, as released, keep a basis without pixels finite.
         mu = x.transpose(1, 2) @ z / (z.sum(dim=1, keepdim=True) + 1e-6)  # (B, C, K)
         if self.base_norm == "l2":
             mu = mu / (mu.norm(dim=1, keepdim=True) + 1e-6)  # (B, C, K)
@@ -120,7 +120,7 @@ class EMAU(nn.Module):
     def update_bases(self, mu):
         """Moves the initial bases towards the final ones (B, C, K), averaged over the images of all
         processes. Every process must have equally many."""
-        # differs: the released code does this in its training loop, for one process.
+        # differs: the released code does this in its training loop, under DataParallel.
         mean = mu.mean(dim=0, keepdim=True)  # (1, C, K)
         if dist.is_initialized():
             dist.all_reduce(mean)  # (1, C, K)
@@ -135,7 +135,7 @@ class EMANet(nn.Module):
     out: logits (B, num_classes, H, W)
 
     channels: C of the attention, 512 or 256 in the paper.
-    decoder: add a second 3x3 convolution, as the released code does and Table 1 does not.
+    decoder: add a second 3x3 convolution, which the released code has and Table 1 does not.
     attention: "emau", its relatives "nonlocal" and "a2" (extras/relatives.py), or "none".
     options: keyword arguments of the attention.
     """
@@ -149,7 +149,7 @@ class EMANet(nn.Module):
         if decoder:
             self.decoder = nn.Sequential(*conv_bn_relu(channels, 256), nn.Dropout2d(0.1))
         self.classifier = nn.Conv2d(256 if decoder else channels, num_classes, 1)
-        # Built last: a seed then gives all other layers the same weights for every attention.
+        # Built last: one seed then gives the other layers the same weights with any attention.
         if attention == "emau":
             self.attention = EMAU(channels, **options)
         elif attention == "none":
@@ -163,7 +163,7 @@ class EMANet(nn.Module):
         x = self.reduce(x)  # (B, C, h, w)
         x = self.attention(x)  # (B, C, h, w)
         x = self.decoder(x)  # (B, C or 256, h, w)
-        with torch.autocast(x.device.type, enabled=False):  # bfloat16 makes close logits tie
+        with torch.autocast(x.device.type, enabled=False):  # in bfloat16 close logits would tie
             logits = self.classifier(x.to(self.classifier.weight.dtype))  # (B, L, h, w)
         return F.interpolate(
             logits, images.shape[2:], mode="bilinear", align_corners=True)  # (B, L, H, W)
@@ -187,7 +187,7 @@ def load_checkpoint(path):
 
     A checkpoint of train.py is the dict {"model": state dict, "network": EMANet's arguments,
     "dataset": name, "classes": [names]}; the last two become attributes of the network. A
-    released checkpoint has the key "net". A file without either raises OSError.
+    released checkpoint, {"net": state dict}, is converted first. OSError if it is neither.
     """
     checkpoint = read_checkpoint(path)
     if "net" in checkpoint:

@@ -65,6 +65,10 @@ def confusion_matrix(prediction, label, num_classes):
     return torch.bincount(pairs, minlength=num_classes ** 2).view(num_classes, num_classes)
 
 
+def number(value):
+    return None if value.isnan() else value.item()          # JSON has no nan
+
+
 def scores(confusion):
     """mIoU, pixel accuracy, mean accuracy and the IoU of each class, 0..1, of a confusion matrix.
     The IoU of a class that is neither labelled nor predicted is None, and does not count."""
@@ -73,9 +77,6 @@ def scores(confusion):
     labelled = confusion.sum(1)  # (L,)
     predicted = confusion.sum(0)  # (L,)
     iou = hits / (labelled + predicted - hits)  # (L,)
-
-    def number(value):                                      # JSON has no nan
-        return None if value.isnan() else value.item()
     return {"miou": number(iou.nanmean()), "pixacc": number(hits.sum() / labelled.sum()),
             "macc": number((hits / labelled).nanmean()), "iou": [number(value) for value in iou]}
 
@@ -126,7 +127,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--ckpt", required=True, help="model.pth of train.py, or a released checkpoint")
     add("--dataset", choices=DATASETS, help="default: what it was trained on")
-    add("--data-root", default="datasets", help="its folder, default: datasets")
+    add("--data-root", default="datasets", help="default: datasets")
     add("--split", help="default: the validation list")
     add("--ms-flip", action="store_true", help="six scales and mirror images")
     add("--output-stride", type=int, choices=(8, 16), default=8, help="default: 8")
@@ -190,7 +191,7 @@ def init_process(choice):
     if "LOCAL_RANK" in os.environ:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                                 timeout=timedelta(seconds=TIMEOUT))
-        dist.barrier()                                      # no results before all have joined
+        dist.barrier()                                      # no results before all have checked
     return device
 
 

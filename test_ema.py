@@ -650,7 +650,7 @@ def test_results_never_land_on_existing_files(script, flag, trained, tiny, folde
     ("--batch-size 3 --accumulate 2", 1, ["--batch-size 3", "--accumulate 2"]),
     (f"--weights {__file__}", 1, ["test_ema.py: "]), ("--weights no.pth", 1, ["no.pth"]),
     ("--weights imagenet", 1, ["resnet18 IMAGENET1K_V1", "invalid hash", "--weights FILE"]),
-    ("--dataset voc", 1, ["trainaug", "--split train"]), ("--data-root no", 1, ["--data-root"])])
+    ("--dataset voc", 1, ["trainaug.txt", "README"]), ("--data-root no", 1, ["--data-root"])])
 def test_settings_that_cannot_be(flags, status, words, folder_root, tmp_path, monkeypatch):
     """A setting that cannot work is named in one line and never replaced; nothing is written."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
@@ -777,7 +777,7 @@ def md5(text):
 class Ramp:
     """An image whose red is 4 * column and green 4 * row; its label is the row or the column."""
 
-    def __init__(self, height, width, axis=0, scales=data.SCALES):
+    def __init__(self, height, width, axis=0, scales=data.SegmentationDataset.scales):
         rows, columns = np.mgrid[:height, :width].astype(np.uint8)
         self.image = torch.from_numpy(np.stack([4 * columns, 4 * rows, 200 + 0 * rows]))
         self.label, self.scales = torch.from_numpy((rows, columns)[axis]), scales

@@ -37,7 +37,7 @@ from evaluate import (
     summary,
 )
 
-# Defaults of the flags marked * below, the paper's (Sec. 6.1), and what each data set changes.
+# PAPER has the defaults of the flags marked * (Sec. 6.1), RECIPES what a data set changes.
 PAPER = {"split": "train", "backbone": "resnet101", "weights": "imagenet", "output_stride": 16,
          "channels": 512, "crop": 513, "iters": 30000, "lr": 0.009}
 RECIPES = {
@@ -127,7 +127,7 @@ def batch_loss(model, batch, device, amp):
 
 
 def build_optimizer(net, lr):
-    """SGD as released: only the weights of convolutions and linear layers decay, and biases have
+    """SGD as released: only weights of convolutions and linear layers decay, and biases have
     twice the learning rate."""
     weights, biases, others = [], [], []
     for name, p in net.named_parameters():
@@ -180,7 +180,7 @@ def train(args):
 
     # network and optimiser
     torch.manual_seed(args.seed)
-    net, header = build_network(args, checkpoint, data.classes)
+    net, description = build_network(args, checkpoint, data.classes)
     net.to(device, memory_format=torch.channels_last)
     if world > 1 and device.type == "cuda":                 # torch synchronises BN on GPUs only
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
@@ -209,18 +209,18 @@ def train(args):
             # Before saving: this ends a run that is no longer finite.
             log_or_stop(args, iteration, lr, losses, since, net)
             if validating:
-                validate(net, val, args, iteration, device, header)
+                validate(net, val, args, iteration, device, description)
             if saving and rank == 0:
                 state = {"model": net.state_dict(), "optimizer": optimizer.state_dict(),
                          "iteration": iteration, "args": vars(args)}
-                save_checkpoint(header | state, f"{args.out}/last.pth")
+                save_checkpoint(description | state, f"{args.out}/last.pth")
             losses, since = [], time.time()
 
 
-def validate(net, val, args, iteration, device, header):
+def validate(net, val, args, iteration, device, description):
     """Scores the network at output stride 8 (Sec. 6.1) and writes it to model.pth."""
     if dist.is_initialized():
-        # Without SyncBN each process has other statistics. Rank 0's are scored and saved.
+        # Without SyncBN each process has its own statistics. Rank 0's are scored and saved.
         for buffer in net.buffers():
             dist.broadcast(buffer, 0)
     net.set_output_stride(8)
@@ -229,11 +229,11 @@ def validate(net, val, args, iteration, device, header):
     print_on_rank0(summary(val, result))
     write_log(args, iteration=iteration, **{f"val_{key}": v for key, v in result.items()})
     if rank_and_world()[0] == 0:
-        save_checkpoint(header | {"model": net.state_dict()}, f"{args.out}/model.pth")
+        save_checkpoint(description | {"model": net.state_dict()}, f"{args.out}/model.pth")
 
 
 # ---- What a first reading may skip: preparations
-# May differ on --resume.
+# These flags may differ on --resume.
 MAY_CHANGE = ("data_root", "workers", "device", "out", "eval_every", "resume")
 
 
@@ -279,7 +279,7 @@ def build_datasets(args, world):
 
 
 def build_network(args, checkpoint, classes):
-    """The network, and the header of its checkpoints, from which load_checkpoint builds it again
+    """The network, and its description in checkpoints, from which load_checkpoint builds it again
     at output stride 8."""
     options = {}
     if args.attention in ("emau", "a2"):
@@ -309,7 +309,7 @@ def load_init(net, path, classes):
     trained = load_checkpoint(path)
     if trained.classes != classes:
         print_on_rank0(f"{path} has other classes: the classifier is a new one")
-        trained.classifier = net.classifier                 # will be loaded into itself
+        trained.classifier = net.classifier                 # so it is kept
     try:
         net.load_state_dict(trained.state_dict())
     except RuntimeError as error:
@@ -354,7 +354,7 @@ def log_or_stop(args, iteration, lr, losses, since, net):
     if not all(value.isfinite().all() for value in (loss, *net.parameters())):
         sys.exit(f"error: iteration {iteration}: the loss ({loss:.4f}) or a weight is not finite: "
                  "give a lower --lr and another --out")
-    seconds = (time.time() - since) / len(losses)           # by now the GPU is done
+    seconds = (time.time() - since) / len(losses)           # the loss waited for the GPU
     print_on_rank0(f"iter {iteration:6d}/{args.iters} | loss {loss:.4f} | lr {lr:.2e} | "
                    f"{1000 * seconds:.0f} ms | "
                    f"eta {seconds * (args.iters - iteration) / 60:.0f} min")

@@ -52,8 +52,8 @@ def picture(image, label, prediction, maps, classes):
     image: uint8 (3, H, W). label, prediction: uint8 (H, W). maps: a float (T, H, W) for each basis
     """
     rows = [[image, overlay(image, label, classes), overlay(image, prediction, classes)]]
-    for basis in maps:  # (T, H, W)
-        grey = (255 * basis / basis.max()).byte()  # (T, H, W)
+    for rounds in maps:  # (T, H, W)
+        grey = (255 * rounds / rounds.max()).byte()  # (T, H, W)
         rows.append([panel.expand(3, -1, -1) for panel in grey])
     width = max(len(row) for row in rows)
     panels = []
@@ -119,7 +119,7 @@ def main(argv=None):
     else:
         data = open_dataset(args, net)
         images = ((name, *data[i]) for i, name in enumerate(data.ids[:args.count]))
-    out = Path(args.ckpt).parent / "pictures"               # overwritten by the next call
+    out = Path(args.ckpt).parent / "pictures"               # the next run overwrites them
     if args.out:
         out = Path(args.out)
         new_folder(out)
