@@ -19,7 +19,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from torchvision.transforms.v2.functional import InterpolationMode, resized_crop
 
 IGNORE = 255                      # label of ignored pixels
-ILLEGAL = 254                     # in place of a class, for any other value
+ILLEGAL = 254                     # in the place of a class, for values that no class has
 MEAN = 255 * torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)        # ImageNet's, for 0..255
 STD = 255 * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
@@ -194,7 +194,8 @@ class TrainView(Dataset):
         box = (top, left, height, width)
         size = (scaled_height, scaled_width)
         image = resized_crop(image, *box, size, antialias=False)  # (3, scaled_height, scaled_width)
-        label = resized_crop(label[None], *box, size, InterpolationMode.NEAREST_EXACT)[0]
+        nearest = InterpolationMode.NEAREST_EXACT
+        label = resized_crop(label[None], *box, size, nearest)[0]  # (scaled_height, scaled_width)
 
         # The padding is the mean colour, which normalisation turns into about 0.
         padded_image = MEAN.round().byte().repeat(1, self.crop, self.crop)  # (3, crop, crop)

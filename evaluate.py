@@ -224,7 +224,7 @@ def make_loader(data, device, workers, **sampling):
 
 
 def hide_tracebacks(worker):
-    # A worker's error reaches the main process. This hides Ctrl-C's.
+    # The main process reports a worker's error. Ctrl-C needs no report.
     sys.excepthook = lambda *error: None
 
 
