@@ -54,8 +54,8 @@ class DilatedResNet(nn.Module):
         if output_stride not in (8, 16):
             raise ValueError(f"output stride {output_stride}: it must be 8 or 16")
         self.output_stride = output_stride
-        # layer4 has rate 4 at stride 8 and 2 at 16, times the multi-grid 1, 2, 4 (Sec. 6.1). As in
-        # torchvision, a layer's first block still has the rate of the layer before.
+        # layer4 has rate 4 (at stride 16: 2) times the multi-grid 1, 2, 4 (Sec. 6.1). But a layer's
+        # first block keeps the rate of the layer before, as in torchvision: so 2, 8, 16.
         blocks = len(self.layer3)
         if output_stride == 8:
             set_rates(self.layer3, [1] + [2] * (blocks - 1), stride=1)
@@ -86,13 +86,12 @@ class DilatedResNet(nn.Module):
 
 def set_rates(layer, rates, stride):
     """Sets the dilation rate of each block's 3x3 convolutions and the stride of the first block."""
-    for block, rate in zip(layer, rates):                   # stops after ResNet-18's two blocks
+    for block, rate in zip(layer, rates):                   # ResNet-18 has only two blocks
         for module in block.modules():
             if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
                 module.dilation = module.padding = (rate, rate)
     first = layer[0]
-    # Bottleneck or BasicBlock
-    strided = first.conv2 if hasattr(first, "conv3") else first.conv1
+    strided = first.conv2 if hasattr(first, "conv3") else first.conv1      # Bottleneck, BasicBlock
     strided.stride = (stride, stride)
     first.downsample[0].stride = (stride, stride)
 

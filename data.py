@@ -19,7 +19,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from torchvision.transforms.v2.functional import InterpolationMode, resized_crop
 
 IGNORE = 255                      # label of ignored pixels
-ILLEGAL = 254                     # in the place of a class, for values that no class has
+ILLEGAL = 254                     # stands for values in label files that no class has
 MEAN = 255 * torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)        # ImageNet's, for 0..255
 STD = 255 * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
@@ -110,11 +110,11 @@ def context(name, root, split):
     labels = find_files(root / "trainval", ids, ".mat")
     if name == "context60":
         classes = ["other", *CONTEXT_CLASSES]
-        to_class = {raw: 0 for raw in range(460)}
+        to_class = dict.fromkeys(range(460), 0)
         to_class |= {raw: c for c, raw in enumerate(CONTEXT_IDS, 1)}
     else:
         classes = CONTEXT_CLASSES
-        to_class = {raw: IGNORE for raw in range(460)}
+        to_class = dict.fromkeys(range(460), IGNORE)
         to_class |= {raw: c for c, raw in enumerate(CONTEXT_IDS)}
     return SegmentationDataset(name, split, classes, to_class, ids, images, labels)
 
@@ -137,7 +137,7 @@ def coco2017(name, root, split):
     labels = find_files(root / f"annotations/{split}2017", ids, ".png")
     if name == "coco2voc":
         classes = VOC_CLASSES
-        to_class = {raw: 0 for raw in range(182)}
+        to_class = dict.fromkeys(range(182), 0)
         to_class |= {coco_id - 1: c for c, coco_id in enumerate(COCO_OF_VOC, 1)}
     else:
         classes = COCO_CLASSES
@@ -207,21 +207,21 @@ class TrainView(Dataset):
         return padded_image, padded_label
 
     def window(self, rng, length, scale):
-        """The window along one side of the image: its start, its length, and its length after
+        """Along one side of the image: where the window starts, its length, and its length after
         scaling. If that is less than the crop, the rest is padding."""
         scaled = min(self.crop, max(1, round(length * scale)))
         part = min(length, round(scaled / scale))
         if scale != 1 and part % 2 == 0:
-            # If an even length is halved, each label comes from the second of two pixels, which is
-            # half a pixel off. With an odd length such errors cancel.
+            # Midway between two pixels, the nearest label is the second one's, and labels drift. In
+            # an odd length no sample lies midway.
             part = part + 1 if part < length else part - 1
         return rng.integers(length - part + 1), part, scaled
 
 
 def schedule(data, batch_size, seed, iterations, rank=0, world=1):
-    """Batch sampler: yields the keys of this process's share of the batch, for each iteration from
-    1. Each epoch has its own shuffle, and drops its last, incomplete batch. The shuffle is computed
-    again for each batch, so that a run can resume anywhere."""
+    """Batch sampler: for each iteration, counted from 1, the keys of this process's share of the
+    batch. Each epoch has its own shuffle, and drops its last, incomplete batch. The shuffle is
+    computed again for each batch, so that a run can resume anywhere."""
     for iteration in iterations:
         epoch, step = divmod(iteration - 1, len(data) // batch_size)
         order = np.random.default_rng((seed, epoch)).permutation(len(data))
@@ -252,7 +252,7 @@ def find_files(folder, ids, *suffixes, optional=False):
     for file in sorted(glob("**", root_dir=folder, recursive=True)):
         name, suffix = splitext(file)
         if suffix.lower() in suffixes:
-            found.setdefault(name, f"{folder}/{file}")      # im0.jpg, not im0.png beside it
+            found.setdefault(name, f"{folder}/{file}")      # im0.jpg wins over im0.png
     missing = [i for i in ids if i not in found]
     if optional and len(missing) == len(ids):
         return None
@@ -298,8 +298,8 @@ def read_label(path):
 
 # ---- Colours
 def palette_of(classes):
-    """VOC's colours, uint8 (256, 3): the bits of a class index become, in turn, the highest bits of
-    red, green and blue. Black is for background alone."""
+    """VOC's colours, uint8 (256, 3): the bits of a class index go in turn to red, green and blue,
+    to their highest bits first. Only background is black."""
     palette = np.zeros((256, 3), np.uint8)
     for c in range(256):
         for bit in range(8):

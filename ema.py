@@ -1,7 +1,7 @@
 """Expectation-maximization attention (Li et al., ICCV 2019): EMAU, its bases, and EMANet.
 
     net = EMANet(num_classes=21, backbone="resnet50")
-    net = load_checkpoint("model.pth")      # or: a checkpoint of train.py or the released code
+    net = load_checkpoint("model.pth")      # written by train.py or the released code
     logits = net(images)                    # (B, 3, H, W) normalised -> (B, L, H, W)
 
 Shapes: B images, C channels, N = h * w pixels of one feature map, K bases, L classes. Images are
@@ -68,7 +68,7 @@ class EMAU(nn.Module):
         # be nearly uniform.
         nn.init.kaiming_normal_(self.conv1.weight)
         nn.init.kaiming_normal_(self.conv2[0].weight)
-        # Frozen if no gradient reaches it: DistributedDataParallel would wait for one.
+        # Frozen, or DistributedDataParallel would wait for a gradient that never comes.
         self.conv1.requires_grad_(gradient == "full")
         mu = F.normalize(torch.randn(1, channels, num_bases), dim=1)  # (1, C, K)
         if base_update == "backprop":
@@ -102,13 +102,14 @@ class EMAU(nn.Module):
 
     def e_step(self, x, mu):
         """Responsibilities (Eqs. 10-12): z_nk = softmax over k of lambda x_n . mu_k."""
-        # Another kernel goes here. The Euclidean one, exp(-lambda |x - mu|^2), equals this one with
-        # 2 lambda if all bases have length 1. The initial bases, being averages, are shorter.
+        # Another kernel goes here. The Euclidean one, exp(-lambda |x - mu|^2), gives the same as
+        # this one with 2 lambda, if the bases have length 1. The initial ones, being averages, are
+        # shorter, so that the first round differs.
         return torch.softmax(x @ (self.lam * mu), dim=2)  # (B, N, K)  rows sum to one
 
     def m_step(self, x, z):
         """Bases (Eq. 13): means of the pixels weighted by z, then normalised (Sec. 5.3)."""
-        # Both 1e-6, as released, keep a basis without pixels finite.
+        # Each 1e-6, as released, keeps a basis without pixels finite.
         mu = x.transpose(1, 2) @ z / (z.sum(dim=1, keepdim=True) + 1e-6)  # (B, C, K)
         if self.base_norm == "l2":
             mu = mu / (mu.norm(dim=1, keepdim=True) + 1e-6)  # (B, C, K)
@@ -149,7 +150,7 @@ class EMANet(nn.Module):
         if decoder:
             self.decoder = nn.Sequential(*conv_bn_relu(channels, 256), nn.Dropout2d(0.1))
         self.classifier = nn.Conv2d(256 if decoder else channels, num_classes, 1)
-        # Built last: one seed then gives the other layers the same weights with any attention.
+        # Last, so that a seed gives the other layers the same weights with any attention.
         if attention == "emau":
             self.attention = EMAU(channels, **options)
         elif attention == "none":
@@ -159,14 +160,17 @@ class EMANet(nn.Module):
             self.attention = RELATIVES[attention](channels, **options)
 
     def forward(self, images):  # (B, 3, H, W)
-        x = self.backbone(images)  # (B, 512 or 2048, h, w)
-        x = self.reduce(x)  # (B, C, h, w)
-        x = self.attention(x)  # (B, C, h, w)
+        x = self.attention(self.features(images))  # (B, C, h, w)
         x = self.decoder(x)  # (B, C or 256, h, w)
         with torch.autocast(x.device.type, enabled=False):  # in bfloat16 close logits would tie
             logits = self.classifier(x.to(self.classifier.weight.dtype))  # (B, L, h, w)
         return F.interpolate(
             logits, images.shape[2:], mode="bilinear", align_corners=True)  # (B, L, H, W)
+
+    def features(self, images):  # (B, 3, H, W)
+        """What the attention sees."""
+        x = self.backbone(images)  # (B, 512 or 2048, h, w)
+        return self.reduce(x)  # (B, C, h, w)
 
     @property
     def output_stride(self):

@@ -37,14 +37,16 @@ def predict(net, image, ms_flip=False, amp=None):
     total = 0
     image = normalise(image[None])  # (1, 3, H, W)
     for scale in scales:
-        h, w = (max(1, int(side * scale)) for side in size)
-        view = F.interpolate(image, (h, w), mode="bilinear", align_corners=True)  # (1, 3, h, w)
+        height, width = (max(1, int(side * scale)) for side in size)
+        view = F.interpolate(
+            image, (height, width), mode="bilinear", align_corners=True)  # (1, 3, height, width)
         if ms_flip:
-            view = torch.cat([view, view.flip(3)])  # (2, 3, h, w)
+            view = torch.cat([view, view.flip(3)])  # (2, 3, height, width)
         with torch.autocast(view.device.type, amp, enabled=amp is not None):
-            logits = net(pad(view, net.output_stride))[:, :, :h, :w]  # (1 or 2, L, h, w)
+            logits = net(pad(view, net.output_stride))
+            logits = logits[:, :, :height, :width]  # (1 or 2, L, height, width)
         if ms_flip:
-            logits = logits[:1] + logits[1:].flip(3)  # (1, L, h, w)
+            logits = logits[:1] + logits[1:].flip(3)  # (1, L, height, width)
         total += F.interpolate(logits, size, mode="bilinear", align_corners=True)  # (1, L, H, W)
     return total[0]  # (L, H, W)
 
@@ -65,7 +67,7 @@ def confusion_matrix(prediction, label, num_classes):
     return torch.bincount(pairs, minlength=num_classes ** 2).view(num_classes, num_classes)
 
 
-def number(value):
+def none_if_nan(value):
     return None if value.isnan() else value.item()          # JSON has no nan
 
 
@@ -77,8 +79,10 @@ def scores(confusion):
     labelled = confusion.sum(1)  # (L,)
     predicted = confusion.sum(0)  # (L,)
     iou = hits / (labelled + predicted - hits)  # (L,)
-    return {"miou": number(iou.nanmean()), "pixacc": number(hits.sum() / labelled.sum()),
-            "macc": number((hits / labelled).nanmean()), "iou": [number(value) for value in iou]}
+    return {"miou": none_if_nan(iou.nanmean()),
+            "pixacc": none_if_nan(hits.sum() / labelled.sum()),
+            "macc": none_if_nan((hits / labelled).nanmean()),
+            "iou": [none_if_nan(value) for value in iou]}
 
 
 def evaluate(net, data, device, *, ms_flip=False, amp=None, workers=2, save_png=None):
@@ -107,7 +111,7 @@ def evaluate(net, data, device, *, ms_flip=False, amp=None, workers=2, save_png=
 
 
 def summary(data, result, ms_flip=False):
-    """A line on an evaluation, in percent."""
+    """A line about an evaluation, in percent."""
     mode = "ms-flip" if ms_flip else "ss"
     L = len(data.classes)
     occurring = L - result["iou"].count(None)
@@ -191,7 +195,7 @@ def init_process(choice):
     if "LOCAL_RANK" in os.environ:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                                 timeout=timedelta(seconds=TIMEOUT))
-        dist.barrier()                                      # no results before all have checked
+        dist.barrier()                                      # all have checked before one writes
     return device
 
 
@@ -231,8 +235,7 @@ def hide_tracebacks(worker):
 def run(main, on_interrupt="stopped"):
     """Runs a script's main. Ctrl-C and a missing or wrong file become one line."""
     if hasattr(sys.stdout, "reconfigure"):                  # not in notebooks
-        # for names that the terminal cannot print
-        sys.stdout.reconfigure(errors="backslashreplace")
+        sys.stdout.reconfigure(errors="backslashreplace")   # for names that it cannot print
     try:
         main()
     except KeyboardInterrupt:

@@ -402,7 +402,7 @@ def test_recipes_are_the_paper_s():
     """Secs. 6.1, 6.2.3, 6.3: the defaults are the paper's, scenes has its own, and a flag wins."""
     paper = {"lr": 0.009, "batch_size": 16, "crop": 513, "backbone": "resnet101", "stem": "7x7",
              "weights": "imagenet", "channels": 512, "decoder": False, "gradient": "none",
-             "num_bases": 64, "em_iterations": 3, "lam": 1.0, "alpha": 0.9, "attention": "emau",
+             "num_bases": 64, "iterations": 3, "lam": 1.0, "alpha": 0.9, "attention": "emau",
              "base_update": "average", "base_norm": "l2"}.items()
     for name, iters, stride in (
             ("voc", 30000, 16), ("context", 15000, 16), ("context60", 15000, 16),
@@ -463,6 +463,7 @@ def test_two_processes_train_one_network(pair):
     """Two processes have parts and dropout of their own, one network and log, and one beginning."""
     parts, dropouts, losses = zip(*(zip(*results["run"], strict=True) for results in pair))
     assert not any(map(torch.equal, *parts)) and not any(map(torch.equal, *dropouts))
+    assert not torch.equal(dropouts[0][0], dropouts[0][2])    # two parts an iteration
     assert pair[0]["log"] == pytest.approx(np.mean(losses, 0).reshape(3, 2).mean(1))    # 2 parts
     assert torch.equal(pair[0]["weights"], pair[1]["weights"])
     assert all("processes found different checkpoints" in results["said"] for results in pair)
@@ -477,7 +478,7 @@ def test_resumed_run_continues_exactly(run_train, tmp_path, monkeypatch):
         spy(patch, train, "training_step", mock.Mock(side_effect=[*[0] * 5, KeyboardInterrupt]))
         run_train(flags)
     (tmp_path / "init.pth").unlink()                          # the checkpoint has it all
-    assert "start: 4\n" in run_train(f"{flags} --eval-every 6 --workers 1")
+    assert "start: 4\nweights: last.pth\n" in run_train(f"{flags} --eval-every 6 --workers 1")
     assert log_of(tmp_path / "straight", "loss") == log_of(tmp_path / "run", "loss")
     ends = [torch.load(tmp_path / out / "last.pth") for out in ("straight", "run")]
     tensors = [[*end["model"].values(), *(state["momentum_buffer"] for state in

@@ -37,7 +37,7 @@ from evaluate import (
     summary,
 )
 
-# PAPER has the defaults of the flags marked * (Sec. 6.1), RECIPES what a data set changes.
+# The flags marked * default to PAPER (Sec. 6.1), or to what RECIPES has for the data set.
 PAPER = {"split": "train", "backbone": "resnet101", "weights": "imagenet", "output_stride": 16,
          "channels": 512, "crop": 513, "iters": 30000, "lr": 0.009}
 RECIPES = {
@@ -45,13 +45,17 @@ RECIPES = {
     "context": {"iters": 15000},
     "context60": {"iters": 15000},
     "cocostuff": {"output_stride": 8},
-    # Not in the paper. 80,000 iterations are usual elsewhere.
+    # Not in the paper. 80,000 iterations are usual.
     "cocostuff164k": {"output_stride": 8, "iters": 80000},
     "coco2voc": {"iters": 150000},                          # the first of three stages (Sec. 6.2.3)
     "folder": {"iters": 15000},
-    # A smoke test: a small network from scratch.
+    # A smoke test, from scratch.
     "scenes": {"backbone": "resnet18", "weights": "none", "output_stride": 8, "channels": 128,
                "crop": 97, "iters": 360, "lr": 0.1}}
+
+
+# Flags that are EMAU's arguments.
+EMAU_OPTIONS = ("num_bases", "iterations", "lam", "alpha", "base_update", "base_norm", "gradient")
 
 
 def parse_args(argv=None):
@@ -78,7 +82,7 @@ def parse_args(argv=None):
     # attention, and EMAU's options
     add("--attention", choices=ATTENTIONS, default="emau", help="or a relative (Sec. 5.4)")
     add("--num-bases", type=positive, default=64, help="K, default: 64")
-    add("--em-iterations", type=positive, default=3, help="T, default: 3")
+    add("--em-iterations", dest="iterations", type=positive, default=3, help="T, default: 3")
     add("--lam", type=float, default=1.0, help="lambda of Eq. 12, default: 1")
     add("--alpha", type=float, default=0.9, help="momentum of Eq. 15, default: 0.9")
     add("--base-update", choices=BASE_UPDATES, default="average", help="Sec. 5.2")
@@ -143,7 +147,7 @@ def build_optimizer(net, lr):
 
 
 def training_step(model, optimizer, batch, lr, accumulate, device, amp):
-    """One update from a process's share of the batch, in `accumulate` parts. Returns its loss."""
+    """One update, from this process's share of a batch in `accumulate` parts. Returns its loss."""
     model.train()
     torch.backends.cudnn.benchmark = True                   # all crops have one size
     for group in optimizer.param_groups:
@@ -157,6 +161,43 @@ def training_step(model, optimizer, batch, lr, accumulate, device, amp):
     optimizer.step()
     optimizer.zero_grad()
     return total
+
+
+# ---- The network
+def build_network(args, checkpoint, classes):
+    """The network, and what its checkpoints say about it: load_checkpoint builds it again, at
+    output stride 8."""
+    options = {}
+    if args.attention == "emau":
+        options = {key: getattr(args, key) for key in EMAU_OPTIONS}
+    elif args.attention == "a2":
+        options = {"num_bases": args.num_bases}
+    arguments = {"num_classes": len(classes), "backbone": args.backbone, "stem": args.stem,
+                 "output_stride": 8, "channels": args.channels, "decoder": args.decoder,
+                 "attention": args.attention, **options}
+    net = EMANet(**arguments, weights="none" if checkpoint or args.init else args.weights)
+    net.set_output_stride(args.output_stride)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            # differs: the released 3e-4 is 9 / 30,000. Shorter runs need faster statistics.
+            module.momentum = min(0.1, 9 / args.iters)
+    if checkpoint:
+        net.load_state_dict(checkpoint["model"])
+    elif args.init:
+        load_init(net, args.init, classes)
+    return net, {"network": arguments, "dataset": args.dataset, "classes": classes}
+
+
+def load_init(net, path, classes):
+    """Starts from the network of a checkpoint. If its classes differ, the classifier stays new."""
+    trained = load_checkpoint(path)
+    if trained.classes != classes:
+        print_on_rank0(f"{path} has other classes: the classifier is a new one")
+        trained.classifier = net.classifier                 # the new one stays
+    try:
+        net.load_state_dict(trained.state_dict())
+    except RuntimeError as error:
+        raise OSError(f"{path}: another network: give the flags that trained it") from error
 
 
 # ---- The run
@@ -206,7 +247,7 @@ def train(args):
         validating = iteration % args.eval_every == 0 or iteration == args.iters
         saving = validating or iteration % save_every == 0
         if saving or iteration % log_every == 0:
-            # Before saving: this ends a run that is no longer finite.
+            # First, as this ends a run that is not finite.
             log_or_stop(args, iteration, lr, losses, since, net)
             if validating:
                 validate(net, val, args, iteration, device, description)
@@ -278,47 +319,9 @@ def build_datasets(args, world):
     return data, val
 
 
-def build_network(args, checkpoint, classes):
-    """The network, and its description in checkpoints, from which load_checkpoint builds it again
-    at output stride 8."""
-    options = {}
-    if args.attention in ("emau", "a2"):
-        options["num_bases"] = args.num_bases
-    if args.attention == "emau":
-        options |= {"iterations": args.em_iterations, "lam": args.lam, "alpha": args.alpha,
-                    "base_update": args.base_update, "base_norm": args.base_norm,
-                    "gradient": args.gradient}
-    arguments = {"num_classes": len(classes), "backbone": args.backbone, "stem": args.stem,
-                 "output_stride": 8, "channels": args.channels, "decoder": args.decoder,
-                 "attention": args.attention, **options}
-    net = EMANet(**arguments, weights="none" if checkpoint or args.init else args.weights)
-    net.set_output_stride(args.output_stride)
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            # differs: the released 3e-4 is 9 / 30,000. Shorter runs need faster statistics.
-            module.momentum = min(0.1, 9 / args.iters)
-    if checkpoint:
-        net.load_state_dict(checkpoint["model"])
-    elif args.init:
-        load_init(net, args.init, classes)
-    return net, {"network": arguments, "dataset": args.dataset, "classes": classes}
-
-
-def load_init(net, path, classes):
-    """Starts from the network of a checkpoint. If its classes differ, the classifier stays new."""
-    trained = load_checkpoint(path)
-    if trained.classes != classes:
-        print_on_rank0(f"{path} has other classes: the classifier is a new one")
-        trained.classifier = net.classifier                 # so it is kept
-    try:
-        net.load_state_dict(trained.state_dict())
-    except RuntimeError as error:
-        raise OSError(f"{path}: another network: give the flags that trained it") from error
-
-
 # ---- Files
 def save_checkpoint(checkpoint, path):
-    """Writes a checkpoint whole or not at all: only a file that is on the disk gets its name."""
+    """Writes a checkpoint whole or not at all: the file gets its name once it is on the disk."""
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
@@ -354,7 +357,7 @@ def log_or_stop(args, iteration, lr, losses, since, net):
     if not all(value.isfinite().all() for value in (loss, *net.parameters())):
         sys.exit(f"error: iteration {iteration}: the loss ({loss:.4f}) or a weight is not finite: "
                  "give a lower --lr and another --out")
-    seconds = (time.time() - since) / len(losses)           # the loss waited for the GPU
+    seconds = (time.time() - since) / len(losses)           # isfinite() waited for the GPU
     print_on_rank0(f"iter {iteration:6d}/{args.iters} | loss {loss:.4f} | lr {lr:.2e} | "
                    f"{1000 * seconds:.0f} ms | "
                    f"eta {seconds * (args.iters - iteration) / 60:.0f} min")

@@ -1,7 +1,7 @@
 """Draws what a network sees: its prediction and the responsibilities of its bases (Fig. 5).
 
-    python visualize.py --ckpt out/scenes/model.pth                    # of its data set
-    python visualize.py --ckpt model.pth --image holiday.jpg           # your own, or a folder's
+    python visualize.py --ckpt out/scenes/model.pth                    # validation images
+    python visualize.py --ckpt model.pth --image holiday.jpg           # your own image or folder
 
 Shapes: H x W pixels of an image, T iterations, K bases, h x w features of the padded image.
 """
@@ -28,7 +28,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
 def responsibilities(net, image):
     """EMAU's z after 1 ... T rounds, for an image uint8 (3, H, W): float (K, T, H, W)."""
     padded = pad(normalise(image[None]), net.output_stride)  # (1, 3, H', W')
-    features = net.reduce(net.backbone(padded))  # (1, C, h, w)
+    features = net.features(padded)  # (1, C, h, w)
     # As in EMAU.forward, once for each number of rounds.
     emau = net.attention
     x = emau.conv1(features).flatten(2).transpose(1, 2)  # (1, N, C)
@@ -46,8 +46,8 @@ def fullest_bases(z):
 
 # ---- The picture
 def picture(image, label, prediction, maps, classes):
-    """Image, label and prediction; below, a row for each basis with its responsibilities round by
-    round, white at their maximum.
+    """A row with image, label and prediction, then a row for each basis: its responsibilities after
+    each round, white where they are largest.
 
     image: uint8 (3, H, W). label, prediction: uint8 (H, W). maps: a float (T, H, W) for each basis
     """

@@ -41,7 +41,7 @@ def mean_statistics(net, data, device, count=16):
     each = []
     for i in range(min(count, len(data))):
         image = normalise(data[i][0][None].to(device))  # (1, 3, H, W)
-        features = net.reduce(net.backbone(pad(image, net.output_stride)))  # (1, C, h, w)
+        features = net.features(pad(image, net.output_stride))  # (1, C, h, w)
         x = net.attention.conv1(features).flatten(2).transpose(1, 2)  # (1, N, C)
         each.append(base_statistics(net.attention, x))
     return {key: sum(e[key] for e in each) / len(each) for key in each[0]}

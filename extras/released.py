@@ -11,12 +11,14 @@ NAMES = {  # theirs -> ours. Their extractor is a Sequential of the ResNet's par
 
 def convert(state):
     """The state dict of a released network -> a checkpoint of train.py. What differs between these
-    networks is read off the shapes. KeyError if it is another network's."""
+    networks is read off the shapes. Empty if it is another network's."""
     ours = {}
     for key, value in state.items():
         for theirs, name in NAMES.items():
             key = key.replace(theirs, name)
         ours[key] = value                                   # an unknown name will fail to load
+    if "attention.mu" not in ours:
+        return {}
     _, channels, num_bases = ours["attention.mu"].shape
     depth = len({key.split(".")[2] for key in ours if key.startswith("backbone.layer3.")})
     num_classes = len(ours["classifier.bias"])

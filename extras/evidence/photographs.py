@@ -1,7 +1,4 @@
-"""The experiment on VOC's photographs: its table, from voc320.jsonl.
-
-    python -m extras.evidence.photographs
-"""
+"""The table of the experiment on VOC's photographs: python -m extras.evidence.photographs"""
 import json
 from pathlib import Path
 
