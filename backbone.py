@@ -54,8 +54,8 @@ class DilatedResNet(nn.Module):
         if output_stride not in (8, 16):
             raise ValueError(f"output stride {output_stride}: it must be 8 or 16")
         self.output_stride = output_stride
-        # layer4 has rate 4 (at stride 16: 2) times the multi-grid 1, 2, 4 (Sec. 6.1). But a layer's
-        # first block keeps the rate of the layer before, as in torchvision: so 2, 8, 16.
+        # layer4's rates are 4 (at stride 16: 2) times the multi-grid 1, 2, 4 (Sec. 6.1), but a
+        # layer's first block keeps the previous layer's rate, as in torchvision: 2, 8, 16.
         blocks = len(self.layer3)
         if output_stride == 8:
             set_rates(self.layer3, [1] + [2] * (blocks - 1), stride=1)

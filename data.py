@@ -187,8 +187,8 @@ class TrainView(Dataset):
         rng = np.random.default_rng((self.seed, iteration, index))
         image, label = self.data[index]  # (3, H, W), (H, W)
         scale = rng.choice(self.data.scales)
-        # differs: only a cut-out window is scaled. The released code scales the whole image, and
-        # its labels are 0.3 to 0.5 pixels off on average.
+        # differs: a window is cut out first, then scaled. The released code scales the whole image,
+        # and its labels are 0.3 to 0.5 pixels off on average.
         top, height, scaled_height = self.window(rng, image.shape[1], scale)
         left, width, scaled_width = self.window(rng, image.shape[2], scale)
         box = (top, left, height, width)
@@ -212,8 +212,8 @@ class TrainView(Dataset):
         scaled = min(self.crop, max(1, round(length * scale)))
         part = min(length, round(scaled / scale))
         if scale != 1 and part % 2 == 0:
-            # Midway between two pixels, the nearest label is the second one's, and labels drift. In
-            # an odd length no sample lies midway.
+            # A sample midway between two pixels takes the second one's label: labels would drift.
+            # An odd length has no such samples.
             part = part + 1 if part < length else part - 1
         return rng.integers(length - part + 1), part, scaled
 

@@ -120,13 +120,13 @@ class EMAU(nn.Module):
     @torch.no_grad()
     def update_bases(self, mu):
         """Moves the initial bases towards the final ones (B, C, K), averaged over the images of all
-        processes. Every process must have equally many."""
+        processes. Every process must have equally many images."""
         # differs: the released code does this in its training loop, under DataParallel.
         mean = mu.mean(dim=0, keepdim=True)  # (1, C, K)
         if dist.is_initialized():
-            dist.all_reduce(mean)  # (1, C, K)
+            dist.all_reduce(mean)
             mean /= dist.get_world_size()
-        self.mu.copy_(self.alpha * self.mu + (1 - self.alpha) * mean)  # (1, C, K)  Eq. 15
+        self.mu.copy_(self.alpha * self.mu + (1 - self.alpha) * mean)  # Eq. 15
 
 
 class EMANet(nn.Module):

@@ -111,7 +111,7 @@ def evaluate(net, data, device, *, ms_flip=False, amp=None, workers=2, save_png=
 
 
 def summary(data, result, ms_flip=False):
-    """A line about an evaluation, in percent."""
+    """A line about an evaluation."""
     mode = "ms-flip" if ms_flip else "ss"
     L = len(data.classes)
     occurring = L - result["iou"].count(None)

@@ -864,7 +864,6 @@ def in_a_group(rank, folder, root, port):
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     ema.DilatedResNet = TinyBackbone                          # this process ends afterwards
     run, nets, batch_loss = [], [], train.batch_loss
-
     def watched(model, batch, *rest):
         dropout, loss = torch.rand(4), batch_loss(model, batch, *rest)
         run.append((batch[0], dropout, loss.item()))
@@ -881,6 +880,7 @@ def in_a_group(rank, folder, root, port):
                 "weights": torch.cat([p.detach().flatten() for p in nets[0].parameters()]),
                 "log": [*log_of(folder / "run", "loss").values()], "run": run,
                 "said": end.value.code}, folder / f"{rank}.pt")
+    dist.barrier()                                            # as in evaluate.run
     dist.destroy_process_group()
 
 OPTIONS = [{}, {"base_norm": "none"}, {"gradient": "full", "base_update": "fixed"},

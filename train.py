@@ -37,7 +37,7 @@ from evaluate import (
     summary,
 )
 
-# The flags marked * default to PAPER (Sec. 6.1), or to what RECIPES has for the data set.
+# Defaults of the flags marked *: PAPER (Sec. 6.1), or what RECIPES has for the data set instead.
 PAPER = {"split": "train", "backbone": "resnet101", "weights": "imagenet", "output_stride": 16,
          "channels": 512, "crop": 513, "iters": 30000, "lr": 0.009}
 RECIPES = {
@@ -140,7 +140,7 @@ def build_optimizer(net, lr):
         elif p.ndim in (2, 4):
             weights.append(p)
         else:
-            others.append(p)                                # BN's weights, and bases by backprop
+            others.append(p)                                # BN's weights, and learned bases
     return torch.optim.SGD([{"params": weights, "lr_scale": 1, "weight_decay": 1e-4},
                             {"params": others, "lr_scale": 1},
                             {"params": biases, "lr_scale": 2}], lr, momentum=0.9)
@@ -165,8 +165,8 @@ def training_step(model, optimizer, batch, lr, accumulate, device, amp):
 
 # ---- The network
 def build_network(args, checkpoint, classes):
-    """The network, and what its checkpoints say about it: load_checkpoint builds it again, at
-    output stride 8."""
+    """The network, and the description from which load_checkpoint builds it again, at output
+    stride 8."""
     options = {}
     if args.attention == "emau":
         options = {key: getattr(args, key) for key in EMAU_OPTIONS}
@@ -193,7 +193,7 @@ def load_init(net, path, classes):
     trained = load_checkpoint(path)
     if trained.classes != classes:
         print_on_rank0(f"{path} has other classes: the classifier is a new one")
-        trained.classifier = net.classifier                 # the new one stays
+        trained.classifier = net.classifier                 # copied onto itself
     try:
         net.load_state_dict(trained.state_dict())
     except RuntimeError as error:
@@ -247,7 +247,7 @@ def train(args):
         validating = iteration % args.eval_every == 0 or iteration == args.iters
         saving = validating or iteration % save_every == 0
         if saving or iteration % log_every == 0:
-            # First, as this ends a run that is not finite.
+            # First: it ends the run before bad weights are saved.
             log_or_stop(args, iteration, lr, losses, since, net)
             if validating:
                 validate(net, val, args, iteration, device, description)

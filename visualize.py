@@ -119,7 +119,7 @@ def main(argv=None):
     else:
         data = open_dataset(args, net)
         images = ((name, *data[i]) for i, name in enumerate(data.ids[:args.count]))
-    out = Path(args.ckpt).parent / "pictures"               # the next run overwrites them
+    out = Path(args.ckpt).parent / "pictures"               # overwritten by the next run
     if args.out:
         out = Path(args.out)
         new_folder(out)

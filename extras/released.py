@@ -17,10 +17,10 @@ def convert(state):
         for theirs, name in NAMES.items():
             key = key.replace(theirs, name)
         ours[key] = value                                   # an unknown name will fail to load
-    if "attention.mu" not in ours:
+    depth = len({key.split(".")[2] for key in ours if key.startswith("backbone.layer3.")})
+    if "attention.mu" not in ours or depth not in (6, 23, 36):
         return {}
     _, channels, num_bases = ours["attention.mu"].shape
-    depth = len({key.split(".")[2] for key in ours if key.startswith("backbone.layer3.")})
     num_classes = len(ours["classifier.bias"])
     network = {"num_classes": num_classes, "stem": "deep", "decoder": True, "channels": channels,
                "num_bases": num_bases,
