@@ -69,8 +69,8 @@ class SegmentationDataset(Dataset):
         label = self.table.take(raw)  # (H, W)
         if (label == ILLEGAL).any():
             value = raw[label == ILLEGAL][0]
-            raise OSError(f"{path}: label value {value} is none of the {len(self.classes)} classes "
-                          f"of {self.name} (README, Data)")
+            raise OSError(f"{path}: label value {value} in {self.name}, which has classes 0 to "
+                          f"{len(self.classes) - 1} (README, Data)")
         return image, torch.from_numpy(label)
 
 
