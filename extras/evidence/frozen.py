@@ -26,13 +26,13 @@ from data import VOC_CLASSES, SegmentationDataset, normalise, schedule
 from ema import EMAU, conv_bn_relu
 from evaluate import confusion_matrix, run, scores
 from extras.curves import COLOURS, FONT, PANEL, plot
+from extras.evidence.photographs import NINE
 from extras.relatives import RELATIVES
 from train import build_optimizer, segmentation_loss
 
 HERE = Path(__file__).resolve().parent
 LOG, STORE = HERE / "frozen.jsonl", Path("out/frozen_features.pt")
 SIDE, CHANNELS, BATCH, ITERS = 321, 256, 8, 1200
-NINE = (0, 8, 9, 10, 12, 13, 15, 17, 18)        # classes with at least 15 images for validation
 ROUNDS = (1, 2, 3, 4, 8, 16)                    # T in evaluation
 
 NONE, FULL = "emau gradient=none", "emau gradient=full"
@@ -229,11 +229,13 @@ def draw_figures(scores):
         blue = 255 - int(150 * share[panel, row, column])
         fig4.rectangle((x, y, x + 68, y + 48), (blue, blue, 255))
         fig4.text((x + 34, y + 24), f"{value:.2f}", "black", FONT, anchor="mm")
-        fig4.text((x + 34, 50), f"T = {ROUNDS[column]}", "black", FONT, anchor="mm")
-        fig4.text((x - 70 * column - 8, y + 24), FIG4[row][-1], "black", FONT, anchor="rm")
-    for panel, emau in enumerate((NONE, FULL)):
+    for left, emau in ((70, NONE), (PANEL[0] + 70, FULL)):
         title = f"{emau}, T in training (rows) and evaluation (columns)"
-        fig4.text((panel * PANEL[0] + 70, 12), title, "black", FONT)
+        fig4.text((left, 12), title, "black", FONT)
+        for column, T in enumerate(ROUNDS):
+            fig4.text((left + 34 + 70 * column, 50), f"T = {T}", "black", FONT, anchor="mm")
+        for row, arm in enumerate(FIG4[:5]):
+            fig4.text((left - 8, 84 + 50 * row), arm[-1], "black", FONT, anchor="rm")
     for panel, arms in enumerate((FIG3[0:7:3], FIG3[:3])):
         series = [np.array([(T, found(scores, arm, 0.03, 3, T).mean()) for T in ROUNDS])
                   for arm in arms]  # (T, 2) each
@@ -254,18 +256,18 @@ def main(argv=None):
     add("--only", metavar="NAME", help="train one run, into frozen_again.jsonl")
     add("--table", action="store_true", help="print the tables")
     add("--figures", action="store_true", help="draw Figs. 3 and 4")
-    args = parser.parse_args(argv)
+    args, scores_of_runs = parser.parse_args(argv), read_scores()
     if args.features:
         make_features(args.features, args.weights)
     if args.only:
         train_runs([args.only], HERE / "frozen_again.jsonl")
     elif args.part is not None:
-        train_runs([name for name in all_runs()[args.part::2] if name not in read_scores()], LOG)
+        train_runs([name for name in all_runs()[args.part::2] if name not in scores_of_runs], LOG)
     if args.table:
         for what in TABLES:
-            print_table(what, read_scores())
+            print_table(what, scores_of_runs)
     if args.figures:
-        draw_figures(read_scores())
+        draw_figures(scores_of_runs)
 
 
 if __name__ == "__main__":
